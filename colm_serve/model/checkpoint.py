@@ -1,0 +1,248 @@
+"""Model folders: `config.json` and one `chain-<i>.safetensors` per chain.
+
+File i holds what chain i adds, so the first k files are the level-k model and a prefill worker
+opens one. Each file's header carries its content digest and the digest of the chain-1 file it
+was trained on; a file that is missing, truncated, damaged or from another model is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from colm_serve.errors import CheckpointError
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.rope import rotation_table
+from colm_serve.model.transformer import ColmModel
+
+_FORMAT = "colm-chain-1"
+#: Config keys that decide what chain 1's keys and values are.
+_KV_KEYS = (
+    "vocab_size", "chains", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads",
+    "head_dim", "kv_sharing", "kv_repeat", "ffn", "rope_theta", "rope_scaling", "rms_norm_eps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and the name of the keys and values it makes."""
+
+    model: ColmModel
+    kv_identity: str
+
+
+def chain_path(folder: Path, chain: int) -> Path:
+    """The file of chain `chain`, counted from 1."""
+    return folder / f"chain-{chain}.safetensors"
+
+
+def kv_identity(folder: Path) -> str:
+    """Digest of chain 1's content and the configuration its keys and values depend on.
+
+    Two workers may exchange KV exactly when these agree.
+    """
+    config = ColmConfig.load(folder)
+    return _kv_identity(config, _read_header(chain_path(folder, 1), chain=1)["digest"])
+
+
+def _kv_identity(config: ColmConfig, chain_1_digest: str) -> str:
+    raw = config.to_dict()
+    relevant = {key: raw[key] for key in _KV_KEYS}
+    text = json.dumps([chain_1_digest, relevant], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def save_model(
+    model: ColmModel, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write `config.json` and a file per chain, all or nothing.
+
+    Args:
+        model: must hold every chain of its config and a head.
+        folder: created or its model files replaced; other files in it stay.
+        dtype: stored dtype; default: the parameters' own.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.config.save(staging)
+        base = ""
+        for chain in range(1, model.num_chains + 1):
+            tensors = {
+                name: _stored_order(name, model.config, chain, tensor.detach()).to(
+                    device="cpu", dtype=dtype or tensor.dtype
+                ).contiguous()
+                for name, tensor in _chain_tensors(model, chain)
+            }
+            digest = _digest(tensors)
+            base = base or digest
+            header = {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base}
+            save_file(tensors, chain_path(staging, chain), header)
+        folder.mkdir(exist_ok=True)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_model(
+    folder: Path,
+    num_chains: int | None = None,
+    *,
+    with_head: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Open the first `num_chains` chain files (default: all) as a model ready to serve.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, damaged, of another model, or holds a
+            tensor that is missing or has another shape than the config gives; the message
+            names file and tensor.
+        InvalidConfig: config.json has a value that is not allowed.
+    """
+    config = ColmConfig.load(folder)
+    num_chains = config.num_chains if num_chains is None else num_chains
+    with torch.device("meta"):
+        model = ColmModel(config, num_chains, with_head=with_head)
+    base = _read_header(chain_path(folder, 1), chain=1)["digest"]
+    for chain in range(1, num_chains + 1):
+        _load_chain(model, folder, chain, base, dtype, device)
+    # The table is a function of the config: made here, never stored.
+    model.rotations = rotation_table(config).to(device)
+    model.requires_grad_(False)
+    return LoadedModel(model.eval(), _kv_identity(config, base))
+
+
+def _load_chain(
+    model: ColmModel,
+    folder: Path,
+    chain: int,
+    base: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    path = chain_path(folder, chain)
+    header = _read_header(path, chain)
+    if header["base"] != base:
+        raise CheckpointError(
+            f"{path}: belongs to another model: it was trained on a chain 1 with digest "
+            f"{header['base']}, this folder's chain 1 has {base}"
+        )
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if _digest(tensors) != header["digest"]:
+        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+    for name, parameter in _chain_tensors(model, chain):
+        if name not in tensors:
+            raise CheckpointError(f"{path}: tensor {name} is missing")
+        found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+        if found != expected:
+            raise CheckpointError(f"{path}: tensor {name} has shape {found}, expected {expected}")
+        tensor = _runtime_order(name, model.config, chain, tensors[name])
+        _assign(model, chain, name, tensor.to(device=device, dtype=dtype).contiguous())
+
+
+def _read_header(path: Path, chain: int) -> Mapping[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; chain {chain} is missing") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or not safetensors: {error}") from error
+    if header.get("format") != _FORMAT or header.get("chain") != str(chain):
+        raise CheckpointError(
+            f"{path}: not chain {chain} of a CoLM checkpoint: its header says "
+            f"format {header.get('format')!r}, chain {header.get('chain')!r}; "
+            f"expected {_FORMAT!r}, {str(chain)!r}"
+        )
+    return header
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, dtypes, shapes and bytes, independent of the order in the file."""
+    state = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        state.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return state.hexdigest()
+
+
+def _chain_tensors(model: ColmModel, chain: int) -> Iterator[tuple[str, nn.Parameter]]:
+    """Stored name and parameter of everything that chain `chain` adds."""
+    for name, owner, index in _chain_slots(model, chain):
+        yield name, owner[index]
+
+
+def _chain_slots(model: ColmModel, chain: int) -> Iterator[tuple[str, nn.ParameterList, int]]:
+    index = chain - 1
+    for module_name, module in model.named_modules():
+        for kind, singular in (("weights", "weight"), ("biases", "bias")):
+            owner = getattr(module, kind, None)
+            if not isinstance(owner, nn.ParameterList) or index >= len(owner):
+                continue
+            if module_name == "head" and model.config.tie_embeddings:
+                continue
+            yield f"{module_name}.{singular}", owner, index
+
+
+def _assign(model: ColmModel, chain: int, name: str, tensor: Tensor) -> None:
+    for slot_name, owner, index in _chain_slots(model, chain):
+        if slot_name == name:
+            owner[index] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _stored_order(name: str, config: ColmConfig, chain: int, tensor: Tensor) -> Tensor:
+    """Put query heads, which stand in tile order in memory, into the config's order."""
+    return _reorder_heads(name, config, chain, tensor, _tile_to_interleave)
+
+
+def _runtime_order(name: str, config: ColmConfig, chain: int, tensor: Tensor) -> Tensor:
+    return _reorder_heads(name, config, chain, tensor, _interleave_to_tile)
+
+
+def _reorder_heads(
+    name: str,
+    config: ColmConfig,
+    chain: int,
+    tensor: Tensor,
+    order: Callable[[int, int], list[int]],
+) -> Tensor:
+    if config.kv_repeat == "tile" or not name.endswith((".wq.weight", ".wo.weight")):
+        return tensor
+
+    def permutation(i: int) -> list[int]:
+        kv = config.num_kv_heads if config.kv_sharing == "air" else config.kv_heads_per_chain[i]
+        return order(config.heads_per_chain[i], kv)
+
+    if name.endswith(".wq.weight"):
+        return tensor.unflatten(0, (-1, config.head_dim))[permutation(chain - 1)].flatten(0, 1)
+    columns: list[int] = []
+    for i in range(chain):
+        start = len(columns)
+        columns += [start + head for head in permutation(i)]
+    return tensor.unflatten(1, (-1, config.head_dim))[:, columns].flatten(1, 2)
+
+
+def _interleave_to_tile(num_heads: int, num_kv_heads: int) -> list[int]:
+    """Stored head to read for each tile-ordered head: tile (r, kv) is interleaved (kv, r)."""
+    repeats = num_heads // num_kv_heads
+    return [(j % num_kv_heads) * repeats + j // num_kv_heads for j in range(num_heads)]
+
+
+def _tile_to_interleave(num_heads: int, num_kv_heads: int) -> list[int]:
+    repeats = num_heads // num_kv_heads
+    return [(j % repeats) * num_kv_heads + j // repeats for j in range(num_heads)]

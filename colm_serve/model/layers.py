@@ -1,0 +1,138 @@
+"""The Chain-of-Layer building blocks (paper 3.1, 3.2.3, 3.2.4, 3.4).
+
+Every block works on rows sorted by level, highest first: `num_rows[i]` is how many leading rows
+chain i touches. One level for all rows is the special case of equal counts.
+
+Shapes: T rows (tokens), D model width, O output width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colm_serve.kernels import dispatch
+
+
+class ChainLinear(nn.Module):
+    """y_i = W_i x_{<=i} + b_i for each chain i (equation 1, Algorithm 1)."""
+
+    def __init__(self, in_dims: Sequence[int], out_dims: Sequence[int], bias: bool = False) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(out, width))
+            for out, width in zip(out_dims, accumulate(in_dims), strict=True)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(o)) for o in out_dims if bias)
+        for weight in self.weights:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+    def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
+        """[T, D] to [T, O]; chains beyond `len(num_rows)` are not computed."""
+        biases = list(self.biases) if len(self.biases) else None
+        return dispatch.chain_linear(x_TD, list(self.weights), num_rows, biases)
+
+
+class ChainRMSNorm(nn.Module):
+    """RMSNorm of each chain's slice by itself (3.2.3, Figure 4)."""
+
+    def __init__(self, chain_dims: Sequence[int], eps: float) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.ones(d)) for d in chain_dims)
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
+        return dispatch.chain_rms_norm(x_TD, list(self.weights), num_rows, self.eps)
+
+
+class ChainEmbedding(nn.Module):
+    """One table a chain: level k reads the first k (3.2.4, Algorithm 6)."""
+
+    def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(vocab_size, d)) for d in chain_dims
+        )
+        for weight in self.weights:
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, token_ids_T: Tensor, num_rows: Sequence[int]) -> Tensor:
+        """[T] token ids to [T, D]; zero where a row's level lacks the chain."""
+        num_total = token_ids_T.shape[0]
+        columns = []
+        for weight, rows in zip(self.weights, num_rows, strict=False):
+            x = F.embedding(token_ids_T[:rows], weight)
+            columns.append(x if rows == num_total else F.pad(x, (0, 0, 0, num_total - rows)))
+        return torch.cat(columns, dim=-1)
+
+
+class SharedHead(nn.Module):
+    """One classifier of which level k uses the first columns: Loss_i's W^i of 3.4.
+
+    The columns of chain i are kept as a matrix of their own, so a mixed batch reads each once
+    and a level adds its chains' scores up.
+    """
+
+    def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(vocab_size, d)) for d in chain_dims
+        )
+        for weight in self.weights:
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
+        """[T, D] to [T, V], each row scored at its own level."""
+        start = 0
+        logits_TV: Tensor | None = None
+        for weight, rows in zip(self.weights, num_rows, strict=False):
+            x = x_TD[:rows, start : start + weight.shape[1]]
+            start += weight.shape[1]
+            if logits_TV is None:
+                logits_TV = F.linear(x, weight)
+            elif torch.is_grad_enabled():
+                logits_TV = torch.cat([logits_TV[:rows] + F.linear(x, weight), logits_TV[rows:]])
+            else:
+                logits_TV[:rows].addmm_(x, weight.t())
+        assert logits_TV is not None, "num_rows names at least one chain"
+        return logits_TV
+
+    def all_levels(self, x_TD: Tensor) -> list[Tensor]:
+        """Scores of every level of the same rows, [T, V] each, sharing the lower chains' work."""
+        logits: list[Tensor] = []
+        start = 0
+        for weight in self.weights:
+            part = F.linear(x_TD[:, start : start + weight.shape[1]], weight)
+            logits.append(part if not logits else logits[-1] + part)
+            start += weight.shape[1]
+        return logits
+
+
+class PerLevelHead(nn.Module):
+    """A classifier of its own for each level: one matrix [V, D_k] a level."""
+
+    def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(vocab_size, width)) for width in accumulate(chain_dims)
+        )
+        for weight in self.weights:
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
+        """[T, D] to [T, V], each row scored at its own level."""
+        ends = [*num_rows[1:], 0]
+        parts = [
+            F.linear(x_TD[end:rows, : weight.shape[1]], weight)
+            for weight, rows, end in zip(self.weights, num_rows, ends, strict=False)
+        ]
+        return torch.cat(parts[::-1])
+
+    def all_levels(self, x_TD: Tensor) -> list[Tensor]:
+        """Scores of every level of the same rows, [T, V] each."""
+        return [F.linear(x_TD[:, : weight.shape[1]], weight) for weight in self.weights]

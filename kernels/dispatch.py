@@ -1,0 +1,40 @@
+"""Choose the implementation of each op by device: Triton on CUDA, torch elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from colm_serve.kernels import rms_norm, staircase_linear
+
+
+def _use_triton(x: Tensor) -> bool:
+    # Backward passes run through the torch references: the Triton kernels are forward only.
+    return x.is_cuda and not torch.is_grad_enabled()
+
+
+def chain_linear(
+    x_TD: Tensor,
+    weights: Sequence[Tensor],
+    num_rows: Sequence[int],
+    biases: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Chain-of-Linear on the staircase of `num_rows`; see `kernels.staircase_linear`."""
+    if _use_triton(x_TD):
+        from colm_serve.kernels import staircase_linear_triton
+
+        return staircase_linear_triton.staircase_linear(x_TD, weights, num_rows, biases)
+    return staircase_linear.staircase_linear(x_TD, weights, num_rows, biases)
+
+
+def chain_rms_norm(
+    x_TD: Tensor, weights: Sequence[Tensor], num_rows: Sequence[int], eps: float
+) -> Tensor:
+    """Per-chain RMSNorm on the staircase of `num_rows`; see `kernels.rms_norm`."""
+    if _use_triton(x_TD):
+        from colm_serve.kernels import rms_norm_triton
+
+        return rms_norm_triton.chain_rms_norm(x_TD, weights, num_rows, eps)
+    return rms_norm.chain_rms_norm(x_TD, weights, num_rows, eps)
