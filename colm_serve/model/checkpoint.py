@@ -63,9 +63,7 @@ def _kv_identity(config: ColmConfig, chain_1_digest: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def save_model(
-    model: ColmModel, folder: Path, dtype: torch.dtype | None = None
-) -> None:
+def save_model(model: ColmModel, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and a file per chain, all or nothing.
 
     Args:
@@ -80,9 +78,9 @@ def save_model(
         base = ""
         for chain in range(1, model.num_chains + 1):
             tensors = {
-                name: _stored_order(name, model.config, chain, tensor.detach()).to(
-                    device="cpu", dtype=dtype or tensor.dtype
-                ).contiguous()
+                name: _stored_order(name, model.config, chain, tensor.detach())
+                .to(device="cpu", dtype=dtype or tensor.dtype)
+                .contiguous()
                 for name, tensor in _chain_tensors(model, chain)
             }
             digest = _digest(tensors)

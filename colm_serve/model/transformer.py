@@ -6,6 +6,7 @@ Shapes: T rows (tokens), D model width, V vocabulary, B sequences, S tokens a se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -131,9 +132,7 @@ class ColmModel(nn.Module):
         out: Tensor = self.norm(x_TD, num_rows)
         return out
 
-    def prefill(
-        self, token_ids_T: Tensor, positions_T: Tensor, context: AttentionContext
-    ) -> None:
+    def prefill(self, token_ids_T: Tensor, positions_T: Tensor, context: AttentionContext) -> None:
         """Compute chain 1's keys and values of every layer, and nothing that they do not need.
 
         The last layer stops after K and V (paper 4.4): its attention and feed-forward would
@@ -176,5 +175,5 @@ def level_rows(levels: Sequence[int]) -> tuple[int, ...]:
     >>> level_rows([3, 1, 1])
     (3, 1, 1)
     """
-    assert all(a >= b for a, b in zip(levels, levels[1:], strict=False)), "highest level first"
+    assert all(a >= b for a, b in pairwise(levels)), "highest level first"
     return tuple(sum(level > i for level in levels) for i in range(levels[0] if levels else 0))

@@ -1,0 +1,181 @@
+"""The cluster's configuration: one YAML file, read once, frozen, every key checked."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from colm_serve.errors import InvalidConfig
+
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TlsConfig(_Frozen):
+    """Mutual TLS between workers and towards clients: PEM files of one cluster CA."""
+
+    ca_file: Path
+    cert_file: Path
+    key_file: Path
+
+
+class SlaClass(_Frozen):
+    """What a kind of request is promised, and the chain levels it may run at.
+
+    The router takes the highest level inside the bounds at which the targets hold; with no
+    targets that is `max_level`.
+    """
+
+    ttft_ms: float | None = Field(default=None, gt=0)
+    tpot_ms: float | None = Field(default=None, gt=0)
+    min_level: Count = 1
+    max_level: Count | None = None
+    deadline_s: Seconds = 300.0
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> SlaClass:
+        if self.max_level is not None and self.min_level > self.max_level:
+            raise ValueError(f"min_level {self.min_level} is above max_level {self.max_level}")
+        return self
+
+
+class WorkerConfig(_Frozen):
+    """What prefill and decode workers have in common."""
+
+    count: Count = 1
+    num_cpus: float = Field(default=1.0, gt=0, description="what Ray reserves for one worker")
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_threads: Count = 1
+    kv_tokens: Count = 16384
+    page_size: Count = 16
+    host: str = "127.0.0.1"
+
+    @property
+    def num_pages(self) -> int:
+        return -(-self.kv_tokens // self.page_size)
+
+
+class PrefillConfig(WorkerConfig):
+    """A prefill worker: chunks of several prompts up to `chunk_tokens` a forward pass."""
+
+    chunk_tokens: Count = 512
+    max_queued: Count = 64
+    max_unsent_frames: Count = 64
+    stall_timeout_s: Seconds = 30.0
+
+
+class DecodeConfig(WorkerConfig):
+    """A decode worker: at most `max_rows` rows a step."""
+
+    max_rows: Count = 32
+    max_waiting: Count = 64
+    chunk_tokens: Count = 256
+    local_prefill_tokens: int = Field(
+        default=32, ge=0, description="a missing suffix up to this long is computed here"
+    )
+    frame_timeout_s: Seconds = 10.0
+
+
+class RouterConfig(_Frozen):
+    """The front door."""
+
+    host: str = "127.0.0.1"
+    grpc_port: Port = 0
+    http_port: Port = 0
+    max_concurrent: Count = 256
+    status_interval_s: Seconds = 0.5
+    status_timeout_s: Seconds = 2.0
+    max_attempts: Count = 4
+
+
+class RayConfig(_Frozen):
+    """Where Ray runs: "local" starts one for this cluster, else an address to join."""
+
+    address: str = "local"
+    start_timeout_s: Seconds = 120.0
+    health_interval_s: Seconds = 1.0
+
+
+class ClusterConfig(_Frozen):
+    """A whole cluster: model, worker counts, SLA classes, security."""
+
+    model: Path
+    model_name: str = ""
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    router: RouterConfig = RouterConfig()
+    ray: RayConfig = RayConfig()
+    tls: TlsConfig | None = None
+    default_sla_class: str = "default"
+    sla_classes: dict[str, SlaClass] = Field(default_factory=lambda: {"default": SlaClass()})
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> ClusterConfig:
+        if self.default_sla_class not in self.sla_classes:
+            raise ValueError(
+                f"default_sla_class {self.default_sla_class!r} is not one of sla_classes "
+                f"{sorted(self.sla_classes)}"
+            )
+        for room in ("prefill", "decode", "router"):
+            host = getattr(self, room).host
+            check_bind_address(f"{room}.host", host, has_tls=self.tls is not None)
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """The name clients put in the `model` field."""
+        return self.model_name or self.model.name
+
+    @classmethod
+    def load(cls, path: Path) -> ClusterConfig:
+        """Read a YAML file; relative paths in it count from its folder.
+
+        Raises:
+            InvalidConfig: not there, not YAML, an unknown key or a value that is not allowed.
+        """
+        try:
+            raw = yaml.safe_load(path.read_text("utf-8"))
+        except OSError as error:
+            raise InvalidConfig("config", str(path), f"a readable file ({error})") from error
+        except yaml.YAMLError as error:
+            raise InvalidConfig("config", str(path), f"YAML ({error})") from error
+        if not isinstance(raw, dict):
+            raise InvalidConfig("config", str(path), "a mapping of keys to values")
+        try:
+            config = cls.model_validate(raw)
+        except ValidationError as error:
+            raise _first_problem(error) from error
+        return config.model_copy(update={"model": (path.parent / config.model).resolve()})
+
+
+def check_bind_address(key: str, host: str, *, has_tls: bool) -> None:
+    """Refuse to listen in plaintext where others than this machine could connect.
+
+    Raises:
+        InvalidConfig: `host` is not loopback and there is no TLS, or is no IP address.
+    """
+    if host == "localhost":
+        return
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError as error:
+        raise InvalidConfig(key, host, "localhost or an IP address") from error
+    if not address.is_loopback and not has_tls:
+        raise InvalidConfig(key, host, "a loopback address, or any address once `tls` is set")
+
+
+def _first_problem(error: ValidationError) -> InvalidConfig:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"]) or "config"
+    value = problem.get("input")
+    shown = value if not isinstance(value, dict) else sorted(value)
+    return InvalidConfig(key, shown, problem["msg"])

@@ -1,0 +1,59 @@
+"""Run an asyncio service in a thread of its own, so that any process can host it.
+
+A Ray actor, a test and a benchmark all start a service the same way: `ServiceThread(service)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+
+class Service(Protocol):
+    """Something that serves until it is stopped."""
+
+    async def start(self) -> None:
+        """Bind and begin to serve; raises when it cannot."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop taking calls, give those under way `grace_s` seconds, release everything."""
+
+
+class ServiceThread:
+    """A service on an event loop in a daemon thread; started when the constructor returns."""
+
+    def __init__(self, service: Service, start_timeout_s: float = 60.0) -> None:
+        self._service = service
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="service", daemon=True)
+        self._thread.start()
+        try:
+            self._call(service.start()).result(start_timeout_s)
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def stop(self, grace_s: float = 2.0) -> None:
+        """Stop the service and its thread; safe to call twice."""
+        if not self._thread.is_alive():
+            return
+        try:
+            self._call(self._service.stop(grace_s)).result(grace_s + 10.0)
+        finally:
+            self._end_loop()
+
+    def _call(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10.0)
