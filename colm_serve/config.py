@@ -69,7 +69,6 @@ class PrefillConfig(WorkerConfig):
 
     chunk_tokens: Count = 512
     max_queued: Count = 64
-    max_unsent_frames: Count = 64
     stall_timeout_s: Seconds = 30.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import grpc
@@ -63,3 +64,29 @@ def connect(address: str, tls: TlsConfig | None) -> grpc.aio.Channel:
 
 def _read(path: Path) -> bytes:
     return path.read_bytes()
+
+
+class ChannelCache:
+    """One channel to each address, opened when first asked for; belongs to one event loop.
+
+    The least recently used beyond `max_channels` are closed: addresses of workers long gone.
+    """
+
+    def __init__(self, tls: TlsConfig | None, max_channels: int = 256) -> None:
+        self._tls = tls
+        self._max_channels = max_channels
+        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+
+    async def get(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = connect(address, self._tls)
+        self._channels.move_to_end(address)
+        if len(self._channels) > self._max_channels:
+            _, oldest = self._channels.popitem(last=False)
+            await oldest.close()
+        return self._channels[address]
+
+    async def close(self) -> None:
+        channels, self._channels = self._channels, OrderedDict()
+        for channel in channels.values():
+            await channel.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -59,7 +59,7 @@ def status_code(error: ColmError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-async def abort(context: grpc.aio.ServicerContext[object, object], error: ColmError) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ColmError) -> NoReturn:
     """End the call with `error`'s status; does not return."""
     metadata: list[tuple[str, str]] = []
     if isinstance(error, ResourceExhausted):

@@ -1,0 +1,47 @@
+"""Open a model folder for a worker: threads, dtype, device, KV layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from colm_serve.core import KvLayout
+from colm_serve.errors import Incompatible
+from colm_serve.kv.pool import KvPool
+from colm_serve.model.checkpoint import LoadedModel, load_model
+from colm_serve.model.config import ColmConfig
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_for_serving(folder: Path, *, num_chains: int | None, with_head: bool) -> LoadedModel:
+    """Load chains for serving: fp32 on a CPU, bf16 on a GPU.
+
+    Raises:
+        Incompatible: the model's K and V differ by level, so a prefill worker's chain 1 could
+            not make them for the decode worker.
+        CheckpointError, InvalidConfig: as `load_model`.
+    """
+    config = ColmConfig.load(folder)
+    if config.kv_sharing != "air" and config.num_chains > 1:
+        raise Incompatible(
+            f"{folder}: kv_sharing is {config.kv_sharing!r}: only CoLM-Air ('air') and one-chain "
+            "models can be served, since prefill workers hold chain 1 alone"
+        )
+    device = pick_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return load_model(folder, num_chains, with_head=with_head, dtype=dtype, device=device)
+
+
+def kv_layout(loaded: LoadedModel) -> KvLayout:
+    """The layout of the keys and values that this model makes."""
+    config = loaded.model.config
+    dtype = str(loaded.model.embedding.weights[0].dtype).removeprefix("torch.")
+    return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+
+
+def make_pool(loaded: LoadedModel, num_pages: int, page_size: int) -> KvPool:
+    return KvPool(kv_layout(loaded), num_pages, page_size, loaded.model.rotations.device)

@@ -1,0 +1,50 @@
+"""Compute chain 1's keys and values of several prompts' chunks in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from colm_serve.kv.pool import BlockTable, KvPool
+from colm_serve.model.paged import PagedContext, Span
+from colm_serve.model.transformer import ColmModel
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Tokens [start, start + len(tokens)) of a prompt whose earlier KV stands in its pages."""
+
+    tokens: Sequence[int]
+    start: int
+    table: BlockTable
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@torch.inference_mode()
+def run_prefill(
+    model: ColmModel,
+    pool: KvPool,
+    chunks: Sequence[PrefillChunk],
+    on_layer: Callable[[int], None] | None = None,
+) -> None:
+    """Write every layer's K and V of the chunks into the pool (paper 4.4).
+
+    Args:
+        model: needs chain 1 only.
+        on_layer: called with a layer's number once its K and V of all chunks are in the pool;
+            what it raises ends the pass.
+    """
+    spans = []
+    first_row = 0
+    for chunk in chunks:
+        spans.append(Span(chunk.table, first_row, len(chunk.tokens), chunk.start, level=1))
+        first_row += len(chunk.tokens)
+    device = model.rotations.device
+    tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens], device=device)
+    positions = torch.cat([torch.arange(c.start, c.stop, device=device) for c in chunks])
+    model.prefill(tokens, positions, PagedContext(model.config, pool, spans, on_layer))

@@ -1,0 +1,93 @@
+"""colm.v1.DecodeService: translates between the wire and decode sessions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from colm_serve.config import DecodeConfig, TlsConfig
+from colm_serve.decode_worker.prompt_kv import PromptFetcher
+from colm_serve.decode_worker.session import DecodeSession
+from colm_serve.decode_worker.worker import DecodeWorker
+from colm_serve.errors import ColmError, InvalidArgument
+from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc
+from colm_serve.transport import serde
+from colm_serve.transport.channel import ChannelCache, bind, make_server
+from colm_serve.transport.health import add_health
+from colm_serve.transport.status import abort
+
+_Controls = AsyncIterator[decode_pb2.DecodeControl]
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
+    """Serves one DecodeWorker; implements `transport.host.Service`."""
+
+    def __init__(
+        self, worker: DecodeWorker, config: DecodeConfig, tls: TlsConfig | None = None
+    ) -> None:
+        self._worker = worker
+        self._config = config
+        self._tls = tls
+        self.address = ""
+
+    async def start(self) -> None:
+        self._server = make_server()
+        self._channels = ChannelCache(self._tls)
+        self._fetcher = PromptFetcher(
+            self._worker.pool,
+            self._worker.layout,
+            self._worker.kv_identity,
+            self._channels,
+            self._config.frame_timeout_s,
+        )
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, self._server)
+        await add_health(self._server)
+        self.address = bind(self._server, self._config.host, 0, self._tls)
+        self._worker.start()
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+        await self._channels.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._worker.stop)
+        self._fetcher.close()
+
+    async def GetStatus(
+        self, request: decode_pb2.DecodeStatusRequest, context: _Context
+    ) -> decode_pb2.DecodeStatus:
+        return serde.decode_status_to_proto(self._worker.status())
+
+    async def Decode(self, request_iterator: _Controls, context: _Context) -> None:
+        controls: asyncio.Task[None] | None = None
+        try:
+            session = await self._open(request_iterator)
+            async with aclosing(session.events()) as events:
+                async for event in events:
+                    await context.write(serde.decode_event_to_proto(event))
+                    if controls is None:
+                        controls = asyncio.create_task(self._obey(request_iterator, session))
+        except ColmError as error:
+            await abort(context, error)
+        finally:
+            if controls is not None:
+                controls.cancel()
+
+    async def _open(self, controls: _Controls) -> DecodeSession:
+        async for message in controls:
+            request = serde.decode_start_from_proto(message)
+            return DecodeSession(
+                self._worker, self._fetcher, request, self._config.local_prefill_tokens
+            )
+        raise InvalidArgument("control", "an empty stream", "start, as the first message")
+
+    async def _obey(self, controls: _Controls, session: DecodeSession) -> None:
+        try:
+            async for message in controls:
+                session.move_level(serde.move_level_from_proto(message).level)
+        except ColmError as error:
+            session.fail(error)

@@ -1,0 +1,239 @@
+"""The decode worker's loop: one compute thread that steps a continuous batch of mixed levels.
+
+Between two steps it computes at most one pass of local prefill chunks, so a prompt that is
+computed here slows the running rows down but never stops them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from colm_serve.config import DecodeConfig
+from colm_serve.core import (
+    DecodedToken,
+    DecodeRequest,
+    DecodeStatus,
+    FinishReason,
+    KvLayout,
+)
+from colm_serve.decode_worker.scheduler import DecodeScheduler, LocalChunk, Sequence
+from colm_serve.engine.loading import kv_layout, make_pool
+from colm_serve.engine.prefill import PrefillChunk, run_prefill
+from colm_serve.engine.step import StepRow, measure_step_cost, run_step
+from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
+from colm_serve.kv.ledger import PageLedger
+from colm_serve.model.checkpoint import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+
+class PromptComputed:
+    """The prompt's KV, computed on this worker, is complete."""
+
+
+#: Called on the compute thread with what became of a sequence; must not block.
+SequenceSink = Callable[[PromptComputed | DecodedToken | FinishReason | ColmError], object]
+
+
+class DecodeWorker:
+    """Every chain, the KV pool and the thread that computes; thread-safe."""
+
+    def __init__(
+        self, loaded: LoadedModel, config: DecodeConfig, worker_id: str, epoch: int
+    ) -> None:
+        self.layout: KvLayout = kv_layout(loaded)
+        self.pool = make_pool(loaded, config.num_pages, config.page_size)
+        self.kv_identity = loaded.kv_identity
+        self.num_steps = 0
+        self._model = loaded.model
+        self._config = config
+        self._worker_id = worker_id
+        self._epoch = epoch
+        self._step_cost = measure_step_cost(loaded.model, self.pool, config.max_rows)
+        self._prefill_tokens_per_s = 0.0
+        self._ledger = PageLedger(config.num_pages)
+        self._scheduler = DecodeScheduler(
+            self._ledger,
+            page_size=config.page_size,
+            max_rows=config.max_rows,
+            max_waiting=config.max_waiting,
+            chunk_tokens=config.chunk_tokens,
+            eos_token_ids=loaded.model.config.eos_token_ids,
+            cache_root=loaded.kv_identity.encode(),
+        )
+        self._sinks: dict[int, SequenceSink] = {}
+        self._failure: BaseException | None = None
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="decode-compute", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the compute thread after the pass it is in."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(30.0)
+
+    def admit(self, request: DecodeRequest, sink: SequenceSink) -> Sequence:
+        """Check a request and reserve its pages; `sink` hears of it until `release`.
+
+        Raises:
+            Incompatible: the router means other weights.
+            InvalidArgument: an empty prompt, a token id or level that is not allowed, or more
+                tokens than the context holds.
+            ResourceExhausted: there is no room now.
+            Unavailable: the worker is stopping or broken.
+        """
+        self._check(request)
+        with self._changed:
+            if self._stopping or self._failure is not None:
+                raise Unavailable(f"{self._worker_id}: {self._failure or 'stopping'}")
+            sequence = self._scheduler.admit(request)
+            self._sinks[id(sequence)] = sink
+            return sequence
+
+    def compute_prompt(self, sequence: Sequence) -> None:
+        """Compute the rest of the prompt's KV here; the sink hears PromptComputed."""
+        with self._changed:
+            self._scheduler.compute_here(sequence)
+            self._changed.notify()
+
+    def begin(self, sequence: Sequence) -> None:
+        """The prompt's KV is complete: make tokens until the sequence ends."""
+        with self._changed:
+            self._scheduler.start(sequence)
+            self._changed.notify()
+
+    def move_level(self, sequence: Sequence, level: int) -> None:
+        """Make the sequence's tokens at `level` from its next step on.
+
+        Raises:
+            InvalidArgument: no such level.
+        """
+        self._check_level(level)
+        with self._changed:
+            sequence.level = level
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence, ended or not; its pages are free within one step."""
+        with self._changed:
+            self._sinks.pop(id(sequence), None)
+            self._scheduler.cancel(sequence)
+
+    def check_alive(self) -> None:
+        """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
+        if self._failure is not None:
+            raise Unavailable(f"{self._worker_id} failed: {self._failure!r}")
+
+    def status(self) -> DecodeStatus:
+        with self._changed:
+            return DecodeStatus(
+                worker_id=self._worker_id,
+                epoch=self._epoch,
+                kv_identity=self.kv_identity,
+                num_levels=self._model.num_chains,
+                max_rows=self._config.max_rows,
+                num_waiting=self._scheduler.num_waiting,
+                num_running=self._scheduler.num_running(self._model.num_chains),
+                num_free_pages=self._ledger.num_free,
+                num_pages=self._ledger.num_pages,
+                page_size=self._config.page_size,
+                step_cost=self._step_cost,
+                prefill_tokens_per_s=self._prefill_tokens_per_s,
+            )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless no page is lost or held twice."""
+        with self._changed:
+            self._scheduler.check_integrity()
+
+    def _check(self, request: DecodeRequest) -> None:
+        if request.kv_identity != self.kv_identity:
+            raise Incompatible(
+                f"kv_identity: the router means {request.kv_identity!r}, {self._worker_id} "
+                f"serves {self.kv_identity!r}"
+            )
+        self._check_level(request.level)
+        config = self._model.config
+        if not request.prompt:
+            raise InvalidArgument("prompt_token_ids", "no tokens", "at least 1 token")
+        if max(request.prompt) >= config.vocab_size:
+            allowed = f"ids below {config.vocab_size}"
+            raise InvalidArgument("prompt_token_ids", max(request.prompt), allowed)
+        num_tokens = len(request.prompt) + request.sampling.max_tokens
+        if num_tokens > config.max_context:
+            shown = f"prompt + max_tokens = {num_tokens}"
+            raise InvalidArgument("max_tokens", shown, f"together up to {config.max_context}")
+
+    def _check_level(self, level: int) -> None:
+        if not 1 <= level <= self._model.num_chains:
+            raise InvalidArgument("level", level, f"1 to {self._model.num_chains}")
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._decode()
+                self._prefill()
+        except Exception as error:
+            logger.exception("%s: the compute thread failed", self._worker_id)
+            with self._changed:
+                self._failure = error
+                for sink in self._sinks.values():
+                    sink(Unavailable(f"{self._worker_id} failed: {error!r}"))
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._scheduler.has_work)
+            return not self._stopping
+
+    def _decode(self) -> None:
+        with self._changed:
+            sequences = self._scheduler.next_rows()
+            rows = [
+                StepRow(
+                    token=sequence.tokens[-1],
+                    position=len(sequence.tokens) - 1,
+                    level=sequence.level,
+                    table=self.pool.table(sequence.pages),
+                    sampling=sequence.request.sampling,
+                )
+                for sequence in sequences
+            ]
+        if not rows:
+            return
+        tokens = run_step(self._model, self.pool, rows)
+        with self._changed:
+            self.num_steps += 1
+            levels = {id(s): row.level for s, row in zip(sequences, rows, strict=True)}
+            for sequence, reason in self._scheduler.complete_rows(tuple(tokens)):
+                sink = self._sinks[id(sequence)]
+                sink(DecodedToken(sequence.tokens[-1], levels[id(sequence)]))
+                if reason is not None:
+                    sink(reason)
+
+    def _prefill(self) -> None:
+        with self._changed:
+            chunks = self._scheduler.next_chunks()
+            passes = [self._chunk(chunk) for chunk in chunks]
+        if not passes:
+            return
+        begin = time.perf_counter()
+        run_prefill(self._model, self.pool, passes)
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        self._prefill_tokens_per_s = num_tokens / (time.perf_counter() - begin)
+        with self._changed:
+            for sequence in self._scheduler.complete_chunks(chunks):
+                self._sinks[id(sequence)](PromptComputed())
+
+    def _chunk(self, chunk: LocalChunk) -> PrefillChunk:
+        sequence = chunk.sequence
+        start = sequence.num_computed
+        tokens = sequence.request.prompt[start : start + chunk.num_tokens]
+        return PrefillChunk(tokens, start, self.pool.table(sequence.pages))

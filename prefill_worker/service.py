@@ -1,0 +1,123 @@
+"""colm.v1.PrefillService: KV frames as the response stream of the caller's own call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+
+import grpc
+import grpc.aio
+
+from colm_serve.config import PrefillConfig, TlsConfig
+from colm_serve.core import PrefillRequest
+from colm_serve.errors import ColmError, DeadlineExceeded
+from colm_serve.prefill_worker.scheduler import PrefillJob
+from colm_serve.prefill_worker.worker import LayerDone, PrefillWorker, PromptDone
+from colm_serve.proto.colm.v1 import prefill_pb2
+from colm_serve.transport import kv_frames, serde
+from colm_serve.transport.channel import bind, make_server
+from colm_serve.transport.health import add_health
+from colm_serve.transport.status import abort
+
+#: About this many payload bytes a message is where gRPC moves them fastest.
+FRAME_BYTES = 1024 * 1024
+
+_Context = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, bytes]
+_Progress = LayerDone | PromptDone | ColmError
+
+
+class PrefillService:
+    """Serves one PrefillWorker; implements `transport.host.Service`."""
+
+    def __init__(
+        self, worker: PrefillWorker, config: PrefillConfig, tls: TlsConfig | None = None
+    ) -> None:
+        self._worker = worker
+        self._config = config
+        self._tls = tls
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="kv-pack")
+        self.address = ""
+
+    async def start(self) -> None:
+        self._server = make_server()
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        await add_health(self._server)
+        self.address = bind(self._server, self._config.host, 0, self._tls)
+        self._worker.start()
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+        await asyncio.get_running_loop().run_in_executor(None, self._worker.stop)
+        self._packer.shutdown()
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        # Registered by hand: the responses are bytes already (see transport.kv_frames).
+        return grpc.method_handlers_generic_handler(
+            "colm.v1.PrefillService",
+            {
+                "Prefill": grpc.unary_stream_rpc_method_handler(
+                    self._prefill,
+                    request_deserializer=prefill_pb2.PrefillRequest.FromString,
+                    response_serializer=None,
+                ),
+                "GetStatus": grpc.unary_unary_rpc_method_handler(
+                    self._get_status,
+                    request_deserializer=prefill_pb2.PrefillStatusRequest.FromString,
+                    response_serializer=prefill_pb2.PrefillStatus.SerializeToString,
+                ),
+            },
+        )
+
+    async def _get_status(
+        self, request: prefill_pb2.PrefillStatusRequest, context: object
+    ) -> prefill_pb2.PrefillStatus:
+        return serde.prefill_status_to_proto(self._worker.status())
+
+    async def _prefill(self, message: prefill_pb2.PrefillRequest, context: _Context) -> None:
+        try:
+            request = serde.prefill_request_from_proto(message)
+            async with aclosing(self._frames(request)) as frames:
+                async for frame in frames:
+                    # Flow control holds a write back while the receiver is slow; its KV waits
+                    # in the job's pages, and nobody else waits.
+                    await asyncio.wait_for(context.write(frame), self._config.stall_timeout_s)
+        except TimeoutError:
+            stalled = DeadlineExceeded(
+                f"the receiver took no frame for {self._config.stall_timeout_s} s"
+            )
+            await abort(context, stalled)
+        except ColmError as error:
+            await abort(context, error)
+
+    async def _frames(self, request: PrefillRequest) -> AsyncGenerator[bytes]:
+        loop = asyncio.get_running_loop()
+        progress: asyncio.Queue[_Progress] = asyncio.Queue()
+        job = self._worker.submit(
+            request, lambda item: loop.call_soon_threadsafe(progress.put_nowait, item)
+        )
+        try:
+            sequence = 0
+            while not isinstance(item := await progress.get(), PromptDone):
+                if isinstance(item, ColmError):
+                    raise item
+                for start, stop in self._split(item):
+                    pack = partial(self._pack, job, sequence, item.layer, start, stop)
+                    yield await loop.run_in_executor(self._packer, pack)
+                    sequence += 1
+            yield kv_frames.encode_end(sequence, sequence, item.compute_s)
+        finally:
+            self._worker.finish(job)
+
+    def _split(self, done: LayerDone) -> list[tuple[int, int]]:
+        step = max(1, FRAME_BYTES // self._worker.pool.num_bytes_per_token)
+        return [
+            (start, min(start + step, done.stop)) for start in range(done.start, done.stop, step)
+        ]
+
+    def _pack(self, job: PrefillJob, sequence: int, layer: int, start: int, stop: int) -> bytes:
+        parts = self._worker.pool.read_bytes(layer, self._worker.table(job), start, stop)
+        return kv_frames.encode_kv(sequence, layer, start, stop - start, parts)

@@ -1,0 +1,229 @@
+"""The prefill worker's loop: one compute thread over the scheduler's chunks.
+
+The thread writes keys and values into the job's pages and says so, layer by layer; reading,
+packing and sending them is the service's business, on other threads, while the next layer runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from colm_serve.config import PrefillConfig
+from colm_serve.core import KvLayout, PrefillRequest, PrefillStatus
+from colm_serve.engine.loading import kv_layout, make_pool
+from colm_serve.engine.prefill import PrefillChunk, run_prefill
+from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
+from colm_serve.kv.ledger import PageLedger
+from colm_serve.kv.pool import BlockTable
+from colm_serve.model.checkpoint import LoadedModel
+from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, ScheduledChunk
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """K and V of tokens [start, stop) stand in the job's pages for one layer."""
+
+    layer: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PromptDone:
+    """Every layer of every token has been computed, in `compute_s` seconds since the start."""
+
+    compute_s: float
+
+
+#: Called on the compute thread with what became of a job; must not block.
+JobSink = Callable[[LayerDone | PromptDone | ColmError], object]
+
+
+class _Abandoned(Exception):
+    """Nobody waits for the pass any more."""
+
+
+class PrefillWorker:
+    """Chain 1, its KV pool and the thread that computes; thread-safe."""
+
+    def __init__(
+        self, loaded: LoadedModel, config: PrefillConfig, worker_id: str, epoch: int
+    ) -> None:
+        self.layout: KvLayout = kv_layout(loaded)
+        self.pool = make_pool(loaded, config.num_pages, config.page_size)
+        self._model = loaded.model
+        self._kv_identity = loaded.kv_identity
+        self._worker_id = worker_id
+        self._epoch = epoch
+        self._ledger = PageLedger(config.num_pages)
+        self._scheduler = PrefillScheduler(
+            self._ledger,
+            page_size=config.page_size,
+            chunk_tokens=config.chunk_tokens,
+            max_queued=config.max_queued,
+        )
+        self._sinks: dict[int, tuple[JobSink, float]] = {}
+        self._tokens_per_s = 0.0
+        self._num_computed_tokens = 0
+        self._failure: BaseException | None = None
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="prefill-compute", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the compute thread after the layer it is in."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(30.0)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Prompt tokens computed since the start, for metrics and tests."""
+        return self._num_computed_tokens
+
+    def submit(self, request: PrefillRequest, sink: JobSink) -> PrefillJob:
+        """Check and queue a request; `sink` hears of its progress until `finish`.
+
+        Raises:
+            Incompatible: the caller has other weights or another KV layout.
+            InvalidArgument: an empty prompt, a token id or range that is not allowed.
+            ResourceExhausted: the queue is full.
+            Unavailable: the worker is stopping or broken.
+        """
+        self._check(request)
+        with self._changed:
+            if self._stopping or self._failure is not None:
+                raise Unavailable(f"{self._worker_id}: {self._failure or 'stopping'}")
+            job = self._scheduler.submit(request)
+            self._sinks[id(job)] = (sink, time.perf_counter())
+            self._changed.notify()
+            return job
+
+    def finish(self, job: PrefillJob) -> None:
+        """Forget a job, sent or cancelled; its pages are free within one pass."""
+        with self._changed:
+            self._sinks.pop(id(job), None)
+            self._scheduler.finish(job)
+            self._changed.notify()
+
+    def table(self, job: PrefillJob) -> BlockTable:
+        return self.pool.table(job.pages)
+
+    def check_alive(self) -> None:
+        """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
+        if self._failure is not None:
+            raise Unavailable(f"{self._worker_id} failed: {self._failure!r}")
+
+    def status(self) -> PrefillStatus:
+        with self._changed:
+            return PrefillStatus(
+                worker_id=self._worker_id,
+                epoch=self._epoch,
+                kv_identity=self._kv_identity,
+                num_running=self._scheduler.num_running,
+                num_waiting=self._scheduler.num_waiting,
+                num_queued_tokens=self._scheduler.num_queued_tokens,
+                tokens_per_s=self._tokens_per_s,
+                num_free_pages=self._ledger.num_free,
+                num_pages=self._ledger.num_pages,
+            )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless no page is lost or held twice."""
+        with self._changed:
+            self._scheduler.check_integrity()
+
+    def _check(self, request: PrefillRequest) -> None:
+        if request.kv_identity != self._kv_identity:
+            raise Incompatible(
+                f"kv_identity: the caller has {request.kv_identity!r}, {self._worker_id} serves "
+                f"{self._kv_identity!r}: their chain-1 weights differ"
+            )
+        if request.layout != self.layout:
+            raise Incompatible(f"layout: the caller has {request.layout}, here is {self.layout}")
+        config = self._model.config
+        if not 0 < len(request.tokens) <= config.max_context:
+            shown = f"{len(request.tokens)} tokens"
+            raise InvalidArgument("token_ids", shown, f"1 to {config.max_context} tokens")
+        if max(request.tokens) >= config.vocab_size:
+            allowed = f"ids below {config.vocab_size}"
+            raise InvalidArgument("token_ids", max(request.tokens), allowed)
+        if request.ship_from >= len(request.tokens):
+            raise InvalidArgument("ship_from", request.ship_from, f"below {len(request.tokens)}")
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except Exception as error:
+            logger.exception("%s: the compute thread failed", self._worker_id)
+            with self._changed:
+                self._failure = error
+                for sink, _ in self._sinks.values():
+                    sink(Unavailable(f"{self._worker_id} failed: {error!r}"))
+
+    def _step(self) -> bool:
+        with self._changed:
+            chunks = self._scheduler.next_chunks()
+            while not chunks and not self._stopping:
+                self._changed.wait()
+                chunks = self._scheduler.next_chunks()
+            if self._stopping:
+                return False
+            passes = [
+                PrefillChunk(
+                    chunk.job.request.tokens[
+                        chunk.job.num_computed : chunk.job.num_computed + chunk.num_tokens
+                    ],
+                    chunk.job.num_computed,
+                    self.table(chunk.job),
+                )
+                for chunk in chunks
+            ]
+        begin = time.perf_counter()
+        try:
+            run_prefill(self._model, self.pool, passes, lambda layer: self._announce(layer, chunks))
+        except _Abandoned:
+            pass
+        else:
+            self._measure(sum(c.num_tokens for c in chunks), time.perf_counter() - begin)
+        self._complete(chunks)
+        return True
+
+    def _announce(self, layer: int, chunks: tuple[ScheduledChunk, ...]) -> None:
+        with self._changed:
+            if self._stopping or all(chunk.job.is_cancelled for chunk in chunks):
+                raise _Abandoned
+            for chunk in chunks:
+                start, stop = chunk.job.num_computed, chunk.job.num_computed + chunk.num_tokens
+                start = max(start, chunk.job.request.ship_from)
+                entry = self._sinks.get(id(chunk.job))
+                if entry is not None and start < stop:
+                    entry[0](LayerDone(layer, start, stop))
+
+    def _measure(self, num_tokens: int, seconds: float) -> None:
+        speed = num_tokens / seconds
+        self._tokens_per_s = (
+            speed if not self._tokens_per_s else (0.8 * self._tokens_per_s + 0.2 * speed)
+        )
+        self._num_computed_tokens += num_tokens
+
+    def _complete(self, chunks: tuple[ScheduledChunk, ...]) -> None:
+        with self._changed:
+            self._scheduler.complete_pass()
+            for chunk in chunks:
+                entry = self._sinks.get(id(chunk.job))
+                if entry is not None and chunk.job.num_left == 0:
+                    sink, begin = entry
+                    sink(PromptDone(time.perf_counter() - begin))

@@ -1,0 +1,107 @@
+"""Tiny models, workers and reference generation that many tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from colm_serve.config import DecodeConfig, PrefillConfig
+from colm_serve.core import SamplingParams
+from colm_serve.decode_worker.service import DecodeService
+from colm_serve.decode_worker.worker import DecodeWorker
+from colm_serve.engine.loading import load_for_serving
+from colm_serve.engine.sampler import sample
+from colm_serve.model.checkpoint import load_model, save_model
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.transformer import ColmModel
+from colm_serve.prefill_worker.service import PrefillService
+from colm_serve.prefill_worker.worker import PrefillWorker
+from colm_serve.transport.host import ServiceThread
+
+TINY = ColmConfig(
+    vocab_size=97,
+    chains=(2, 2, 4),
+    d_model=64,
+    d_ff=128,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=8,
+    max_context=2048,
+)
+GREEDY = SamplingParams(max_tokens=8, temperature=0)
+
+
+def make_model_folder(folder: Path, config: ColmConfig = TINY, seed: int = 0) -> Path:
+    """A model with random weights, large enough that its text is not constant."""
+    torch.manual_seed(seed)
+    model = ColmModel(config)
+    with torch.no_grad():
+        for weight in model.embedding.weights:
+            weight.normal_(std=1.0)
+        for weight in model.head.weights if model.head is not None else ():
+            weight.normal_(std=1.0)
+    save_model(model, folder)
+    return folder
+
+
+def make_prompt(num_tokens: int, config: ColmConfig = TINY, seed: int = 1) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(config.vocab_size, (num_tokens,), generator=generator).tolist())
+
+
+@torch.inference_mode()
+def generate_alone(
+    folder: Path,
+    prompt: tuple[int, ...],
+    levels: list[int],
+    sampling: SamplingParams = GREEDY,
+) -> list[int]:
+    """Tokens of the whole model in one process, without pages or cache: token i at levels[i]."""
+    model = load_model(folder).model
+    tokens = list(prompt)
+    for level in levels:
+        x_TD = model.hidden_states(torch.tensor([tokens]), [level])[-1:]
+        logits_TV = model.logits(x_TD, [1] * level)
+        tokens += sample(logits_TV, [sampling], [len(tokens)])
+    return tokens[len(prompt) :]
+
+
+@contextmanager
+def prefill_service(
+    folder: Path, epoch: int = 1, **changes: object
+) -> Iterator[tuple[PrefillService, PrefillWorker]]:
+    """A real prefill worker on a free port, in this process."""
+    config = PrefillConfig.model_validate({"kv_tokens": 4096, "chunk_tokens": 128, **changes})
+    loaded = load_for_serving(folder, num_chains=1, with_head=False)
+    worker = PrefillWorker(loaded, config, f"prefill-{epoch}", epoch)
+    service = PrefillService(worker, config)
+    host = ServiceThread(service)
+    try:
+        yield service, worker
+    finally:
+        host.stop()
+
+
+@contextmanager
+def decode_service(
+    folder: Path, epoch: int = 1, **changes: object
+) -> Iterator[tuple[DecodeService, DecodeWorker]]:
+    """A real decode worker on a free port, in this process."""
+    config = DecodeConfig.model_validate({"kv_tokens": 8192, "local_prefill_tokens": 0, **changes})
+    loaded = load_for_serving(folder, num_chains=None, with_head=True)
+    worker = DecodeWorker(loaded, config, f"decode-{epoch}", epoch)
+    service = DecodeService(worker, config)
+    host = ServiceThread(service)
+    try:
+        yield service, worker
+    finally:
+        host.stop()
+
+
+def with_tokens(sampling: SamplingParams, max_tokens: int) -> SamplingParams:
+    return replace(sampling, max_tokens=max_tokens)
