@@ -1,0 +1,156 @@
+"""A training recipe: one YAML file, read once, frozen, every key checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+
+from colm_serve.errors import InvalidConfig
+from colm_serve.model.config import ColmConfig
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the trained weights, apart from the corpus itself.
+
+    Attributes:
+        model: the model to train; its vocab_size is also the tokenizer's.
+        num_steps: optimizer steps; the learning rate's decay ends with the last.
+        seed: of the initial weights, the order of the data and the drawn levels.
+        seq_len: tokens a training sequence.
+        sequences_per_step: sequences behind one optimizer step.
+        sequences_per_micro_batch: of which this many are in memory at once.
+        lower_levels: levels below the top one in each micro-batch's loss, drawn anew each time
+            and weighted so that the expectation is the mean over all levels; None: all.
+        peak_lr: AdamW's learning rate after `warmup_steps` of linear warm-up; it then falls
+            along a cosine to `final_lr_fraction` of itself.
+        weight_decay: on matrices, not on norms.
+        grad_clip: largest norm of a step's gradient.
+        precision: of matrix products; weights, gradients and reductions stay fp32.
+        heldout_fraction: share of the corpus' files that training never sees.
+        exclude: shell patterns of corpus files to leave out.
+        eval_interval_steps: steps between looks at the held-out loss.
+        eval_tokens: held-out tokens in one such look.
+        log_interval_steps: steps between lines of `metrics.jsonl`.
+        checkpoint_interval_s: seconds between checkpoints.
+
+    Raises:
+        InvalidConfig: a value that is not allowed, named with what is.
+    """
+
+    model: ColmConfig
+    num_steps: int
+    seed: int
+    seq_len: int
+    sequences_per_step: int
+    sequences_per_micro_batch: int
+    peak_lr: float
+    warmup_steps: int
+    lower_levels: int | None = None
+    final_lr_fraction: float = 0.1
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    precision: Precision = "bf16"
+    heldout_fraction: float = 0.03
+    exclude: tuple[str, ...] = ()
+    eval_interval_steps: int = 100
+    eval_tokens: int = 65536
+    log_interval_steps: int = 1
+    checkpoint_interval_s: float = 180.0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for key in (
+            "num_steps", "seq_len", "sequences_per_step", "sequences_per_micro_batch",
+            "peak_lr", "grad_clip", "eval_interval_steps", "eval_tokens", "log_interval_steps",
+            "checkpoint_interval_s",
+        ):  # fmt: skip
+            self._check(key, getattr(self, key) > 0, "a positive number")
+        for key in ("seed", "weight_decay"):
+            self._check(key, getattr(self, key) >= 0, "zero or a positive number")
+        self._check("precision", self.precision in get_args(Precision), "fp32 or bf16")
+        self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "0 to 1")
+        self._check("heldout_fraction", 0 < self.heldout_fraction < 1, "between 0 and 1")
+        self._check(
+            "warmup_steps", 0 <= self.warmup_steps <= self.num_steps, f"0 to {self.num_steps}"
+        )
+        self._check(
+            "seq_len",
+            self.seq_len <= self.model.max_context,
+            f"1 to the model's max_context, {self.model.max_context}",
+        )
+        self._check(
+            "sequences_per_step",
+            self.sequences_per_step % self.sequences_per_micro_batch == 0,
+            f"a multiple of sequences_per_micro_batch, {self.sequences_per_micro_batch}",
+        )
+        num_lower = self.model.num_chains - 1
+        self._check(
+            "lower_levels",
+            self.lower_levels is None or 0 <= self.lower_levels <= num_lower,
+            f"0 to {num_lower}, or null for all",
+        )
+
+    def _check(self, key: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise InvalidConfig(key, getattr(self, key), allowed)
+
+    def _check_types(self) -> None:
+        numbers: dict[object, tuple[type, ...]] = {int: (int,), float: (int, float)}
+        for key, hint in get_type_hints(type(self)).items():
+            if hint in numbers:
+                value = getattr(self, key)
+                is_number = isinstance(value, numbers[hint]) and not isinstance(value, bool)
+                self._check(key, is_number, f"a number of type {hint.__name__}")
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.sequences_per_step // self.sequences_per_micro_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.seq_len
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {**asdict(self), "model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> TrainConfig:
+        """Build from a recipe's content; unknown and missing keys fail."""
+        known = {field.name for field in fields(cls)}
+        for key in raw:
+            if key not in known:
+                raise InvalidConfig(key, raw[key], f"only the keys {sorted(known)}")
+        model = raw.get("model")
+        if not isinstance(model, dict):
+            raise InvalidConfig("model", model, "a mapping of the model's keys")
+        values = {**raw, "model": ColmConfig.from_dict({"model_type": "colm", **model})}
+        if "exclude" in values:
+            values["exclude"] = tuple(values["exclude"] or ())
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InvalidConfig("train config", sorted(raw), str(error)) from error
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        """Read a YAML file.
+
+        Raises:
+            InvalidConfig: not there, not YAML, an unknown key or a value that is not allowed.
+        """
+        try:
+            raw = yaml.safe_load(path.read_text("utf-8"))
+        except OSError as error:
+            raise InvalidConfig("config", str(path), f"a readable file ({error})") from error
+        except yaml.YAMLError as error:
+            raise InvalidConfig("config", str(path), f"YAML ({error})") from error
+        if not isinstance(raw, dict):
+            raise InvalidConfig("config", str(path), "a mapping of keys to values")
+        return cls.from_dict(raw)

@@ -1,0 +1,130 @@
+"""Checkpoints of a run: weights, optimizer state and place in the schedule, all or nothing.
+
+    run folder/checkpoint-00000600/
+        config.json chain-<i>.safetensors    the model, as every model folder holds it
+        optimizer.safetensors                AdamW's moments, by parameter name
+        state.json                           recipe and step
+
+A checkpoint is renamed into place once it is whole, and the one before is kept, so a run that is
+killed at any moment has one to go on from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import AdamW
+
+from colm_serve.errors import CheckpointError, InvalidConfig
+from colm_serve.model.checkpoint import load_model, save_model
+from colm_serve.model.transformer import ColmModel
+from colm_serve.training.config import TrainConfig
+from colm_serve.training.files import new_folder
+from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer
+
+_log = logging.getLogger(__name__)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NUM_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole checkpoint, read."""
+
+    folder: Path
+    step: int
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+
+
+def save_snapshot(
+    run_folder: Path, config: TrainConfig, model: ColmModel, optimizer: AdamW, step: int
+) -> Path:
+    """Write the state after `step` steps; older checkpoints but the last go away."""
+    target = run_folder / f"checkpoint-{step:08d}"
+    with new_folder(target) as staging:
+        save_model(model, staging)
+        save_file(_moments(model, optimizer), staging / "optimizer.safetensors")
+        state = {"step": step, "recipe": config.to_dict()}
+        (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+    for old in checkpoint_folders(run_folder)[:-_NUM_KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoint_folders(run_folder: Path) -> list[Path]:
+    """Checkpoints of the run, oldest first."""
+    return sorted(run_folder.glob("checkpoint-*"))
+
+
+def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | None:
+    """The newest checkpoint that can be read, or None when the run has none.
+
+    Raises:
+        InvalidConfig: it was written by another recipe; the message names the first difference.
+    """
+    for folder in reversed(checkpoint_folders(run_folder)):
+        try:
+            state = json.loads((folder / "state.json").read_text("utf-8"))
+            weights = dict(load_model(folder).model.named_parameters())
+            moments = load_file(folder / "optimizer.safetensors")
+        except (OSError, ValueError, CheckpointError, SafetensorError) as error:
+            _log.warning("%s cannot be read, trying the one before: %s", folder, error)
+            continue
+        _check_recipe(folder, json.loads(json.dumps(config.to_dict())), state["recipe"])
+        return Snapshot(folder, state["step"], weights, moments)
+    return None
+
+
+def export_model(run_folder: Path, config: TrainConfig, model_folder: Path) -> Path:
+    """Make a model folder of the run's newest checkpoint, whether or not the run has ended.
+
+    Raises:
+        CheckpointError: the run has no checkpoint yet.
+    """
+    snapshot = load_newest_snapshot(run_folder, config)
+    if snapshot is None:
+        raise CheckpointError(f"{run_folder}: no checkpoint yet; train some more")
+    save_model(load_model(snapshot.folder).model, model_folder)
+    save_tokenizer(load_tokenizer(run_folder), model_folder, config.model.max_context)
+    return model_folder
+
+
+def restore(snapshot: Snapshot, model: ColmModel, optimizer: AdamW) -> None:
+    """Put a checkpoint's weights and moments in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(snapshot.weights[name])
+            state: dict[str, Tensor] = {"step": torch.tensor(float(snapshot.step))}
+            for moment in _MOMENTS:
+                stored = snapshot.moments[f"{moment}.{name}"]
+                state[moment] = stored.to(parameter.device)
+            optimizer.state[parameter] = state
+
+
+def _moments(model: ColmModel, optimizer: AdamW) -> dict[str, Tensor]:
+    return {
+        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for moment in _MOMENTS
+    }
+
+
+def _check_recipe(folder: Path, asked: dict[str, object], found: dict[str, object]) -> None:
+    for key in asked:
+        if asked[key] != found.get(key):
+            raise InvalidConfig(
+                key,
+                asked[key],
+                f"{found.get(key)!r}, with which {folder.parent} was started; "
+                "resume with that recipe, or train into another folder",
+            )

@@ -1,0 +1,221 @@
+"""Pre-train a CoLM from a recipe, surviving kills."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from colm_serve.model.transformer import ColmModel
+from colm_serve.training.config import TrainConfig
+from colm_serve.training.dataset import Dataset, TrainingBatches, prepare_dataset
+from colm_serve.training.loss import LevelLoss, draw_level_weights, evaluate, multi_chain_loss
+from colm_serve.training.metrics import MetricsLog
+from colm_serve.training.progress import Progress
+from colm_serve.training.report import evaluate_folder
+from colm_serve.training.snapshot import (
+    export_model,
+    load_newest_snapshot,
+    restore,
+    save_snapshot,
+)
+from colm_serve.training.stop_signal import StopSignal
+from colm_serve.training.tokenizer import token_bytes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a call of `train` ended.
+
+    Attributes:
+        num_steps: optimizer steps behind the weights.
+        finished: False when a signal ended the run early; the same call resumes it.
+        model_folder: the trained model, once finished.
+    """
+
+    num_steps: int
+    finished: bool
+    model_folder: Path | None
+
+
+def train(
+    config: TrainConfig,
+    run_folder: Path,
+    *,
+    data: Path | None = None,
+    device: str | None = None,
+    stop: StopSignal | None = None,
+) -> TrainResult:
+    """Train, or go on training, until the recipe's last step; then write `run_folder/model`
+    and its held-out loss.
+
+    SIGTERM and Ctrl-C write a checkpoint and return. A folder that holds a checkpoint of the same
+    recipe is resumed, and reaches the very weights an uninterrupted run on that machine would.
+
+    Args:
+        config: the recipe.
+        run_folder: created; holds tokens, checkpoints, `metrics.jsonl` and the model.
+        data: a folder of text files; default: the interpreter's standard library.
+        device: default: cuda where there is one, else cpu.
+        stop: asks the run to stop; default: one that listens to SIGTERM and SIGINT.
+
+    Raises:
+        InvalidConfig: the folder holds a run of another recipe or corpus.
+        InvalidArgument: the corpus is missing or too small.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    dataset = prepare_dataset(config, run_folder, data)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with stop or StopSignal.on_signals() as stop:
+        trainer = Trainer(config, run_folder, dataset, torch.device(device))
+        trainer.run(stop)
+    if trainer.step < config.num_steps:
+        return TrainResult(trainer.step, False, None)
+    model_folder = export_model(run_folder, config, run_folder / "model")
+    evaluate_folder(model_folder, config, data).save(model_folder)
+    return TrainResult(trainer.step, True, model_folder)
+
+
+class Trainer:
+    """A run in progress: `step` optimizer steps are done."""
+
+    def __init__(
+        self, config: TrainConfig, run_folder: Path, dataset: Dataset, device: torch.device
+    ) -> None:
+        self.config = config
+        self.run_folder = run_folder
+        self.dataset = dataset
+        self.device = device
+        self.model = initial_model(config).to(device)
+        self.optimizer = _make_optimizer(self.model, config)
+        self.batches = TrainingBatches(dataset.train, config)
+        self.step = 0
+        snapshot = load_newest_snapshot(run_folder, config)
+        if snapshot is not None:
+            restore(snapshot, self.model, self.optimizer)
+            self.step = snapshot.step
+            _log.info("resuming from %s", snapshot.folder)
+        self.metrics = MetricsLog(run_folder / "metrics.jsonl", self.step)
+
+    def run(self, stop: StopSignal) -> None:
+        """Step until the recipe ends or `stop` is asked for; either way leave a checkpoint."""
+        config = self.config
+        saved_step, saved_at = self.step, time.monotonic()
+        with Progress(config, self.step) as progress:
+            while self.step < config.num_steps and not stop.requested:
+                started = time.monotonic()
+                loss, grad_norm = self.train_step()
+                progress.advance(self.step, loss, time.monotonic() - started)
+                self._record(loss, grad_norm, time.monotonic() - started)
+                if self.step % config.eval_interval_steps == 0:
+                    progress.show_heldout(self.step, self._evaluate())
+                if time.monotonic() - saved_at >= config.checkpoint_interval_s:
+                    self.save()
+                    saved_step, saved_at = self.step, time.monotonic()
+        if self.step > saved_step:
+            self.save()
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step; its loss and gradient norm."""
+        config = self.config
+        rows = torch.from_numpy(self.batches[self.step])
+        # Levels and windows are drawn from streams of their own.
+        generator = np.random.default_rng([config.seed, self.step, 1])
+        total = torch.zeros((), device=self.device)
+        for micro_batch in rows.split(config.sequences_per_micro_batch):
+            weights = draw_level_weights(config.model.num_chains, config.lower_levels, generator)
+            total += self._accumulate(micro_batch.to(self.device), weights)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total.item(), grad_norm.item()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state as it is."""
+        return save_snapshot(self.run_folder, self.config, self.model, self.optimizer, self.step)
+
+    def _accumulate(self, rows_BS: Tensor, level_weights: Sequence[float]) -> Tensor:
+        with self._precision():
+            loss = multi_chain_loss(self.model, rows_BS[:, :-1], rows_BS[:, 1:], level_weights)
+        loss = loss / self.config.num_micro_batches
+        loss.backward()
+        return loss.detach()
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _evaluate(self) -> list[LevelLoss]:
+        with self._precision():
+            losses = evaluate(
+                self.model,
+                self.dataset.heldout,
+                token_bytes(self.dataset.tokenizer),
+                seq_len=self.config.seq_len,
+                sequences_per_batch=self.config.sequences_per_micro_batch,
+                max_tokens=self.config.eval_tokens,
+            )
+        nats = [round(loss.nats_per_token, 4) for loss in losses]
+        self.metrics.append({"step": self.step, "heldout_loss": nats})
+        return losses
+
+    def _record(self, loss: float, grad_norm: float, elapsed_s: float) -> None:
+        if self.step % self.config.log_interval_steps:
+            return
+        self.metrics.append(
+            {
+                "step": self.step,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "lr": learning_rate(self.config, self.step - 1),
+                "tokens_per_s": round(self.config.tokens_per_step / elapsed_s),
+            }
+        )
+
+
+def initial_model(config: TrainConfig) -> ColmModel:
+    """The model before its first step: the same for the same recipe, on every device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = ColmModel(config.model)
+    # What each block adds to the residual stream starts small, the more so the deeper the stack.
+    scale = 1 / math.sqrt(2 * config.model.num_layers)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".wo." in name or ".w2." in name:
+                parameter.mul_(scale)
+    return model
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of step `step`, counted from 0: linear warm-up, then a cosine."""
+    if step < config.warmup_steps:
+        return config.peak_lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return config.peak_lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
+
+
+def _make_optimizer(model: ColmModel, config: TrainConfig) -> AdamW:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
