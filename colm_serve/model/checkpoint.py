@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from colm_serve.errors import CheckpointError
 from colm_serve.model.config import ColmConfig
-from colm_serve.model.rope import rotation_table
 from colm_serve.model.transformer import ColmModel
 
 _FORMAT = "colm-chain-1"
@@ -54,6 +53,19 @@ def kv_identity(folder: Path) -> str:
     """
     config = ColmConfig.load(folder)
     return _kv_identity(config, _read_header(chain_path(folder, 1), chain=1)["digest"])
+
+
+def check_folder(folder: Path) -> ColmConfig:
+    """Read the config and every chain file's header: a cheap look before workers start.
+
+    Raises:
+        CheckpointError, InvalidConfig: as `load_model`, except that contents are not read.
+    """
+    config = ColmConfig.load(folder)
+    base = _read_header(chain_path(folder, 1), chain=1)["digest"]
+    for chain in range(2, config.num_chains + 1):
+        _check_base(chain_path(folder, chain), _read_header(chain_path(folder, chain), chain), base)
+    return config
 
 
 def _kv_identity(config: ColmConfig, chain_1_digest: str) -> str:
@@ -117,8 +129,7 @@ def load_model(
     base = _read_header(chain_path(folder, 1), chain=1)["digest"]
     for chain in range(1, num_chains + 1):
         _load_chain(model, folder, chain, base, dtype, device)
-    # The table is a function of the config: made here, never stored.
-    model.rotations = rotation_table(config).to(device)
+    model.rotations = model.rotations.to(device)
     model.requires_grad_(False)
     return LoadedModel(model.eval(), _kv_identity(config, base))
 
@@ -133,11 +144,7 @@ def _load_chain(
 ) -> None:
     path = chain_path(folder, chain)
     header = _read_header(path, chain)
-    if header["base"] != base:
-        raise CheckpointError(
-            f"{path}: belongs to another model: it was trained on a chain 1 with digest "
-            f"{header['base']}, this folder's chain 1 has {base}"
-        )
+    _check_base(path, header, base)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _digest(tensors) != header["digest"]:
@@ -150,6 +157,14 @@ def _load_chain(
             raise CheckpointError(f"{path}: tensor {name} has shape {found}, expected {expected}")
         tensor = _runtime_order(name, model.config, chain, tensors[name])
         _assign(model, chain, name, tensor.to(device=device, dtype=dtype).contiguous())
+
+
+def _check_base(path: Path, header: Mapping[str, str], base: str) -> None:
+    if header["base"] != base:
+        raise CheckpointError(
+            f"{path}: belongs to another model: it was trained on a chain 1 with digest "
+            f"{header['base']}, this folder's chain 1 has {base}"
+        )
 
 
 def _read_header(path: Path, chain: int) -> Mapping[str, str]:
@@ -175,7 +190,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        state.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        state.update(tensor.flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -227,12 +242,14 @@ def _reorder_heads(
         return order(config.heads_per_chain[i], kv)
 
     if name.endswith(".wq.weight"):
-        return tensor.unflatten(0, (-1, config.head_dim))[permutation(chain - 1)].flatten(0, 1)
+        heads: Tensor = tensor.unflatten(0, (-1, config.head_dim))
+        return heads[permutation(chain - 1)].flatten(0, 1)
     columns: list[int] = []
     for i in range(chain):
         start = len(columns)
         columns += [start + head for head in permutation(i)]
-    return tensor.unflatten(1, (-1, config.head_dim))[:, columns].flatten(1, 2)
+    heads = tensor.unflatten(1, (-1, config.head_dim))
+    return heads[:, columns].flatten(1, 2)
 
 
 def _interleave_to_tile(num_heads: int, num_kv_heads: int) -> list[int]:

@@ -9,7 +9,8 @@ Shapes: T rows (tokens), D model width, O output width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -18,19 +19,28 @@ from torch import Tensor, nn
 
 from colm_serve.kernels import dispatch
 
+_SMALL_NORMAL = partial(nn.init.normal_, std=0.02)
+
+
+def _make_weights(
+    shapes: Iterable[tuple[int, int]], init: Callable[[Tensor], Tensor]
+) -> nn.ParameterList:
+    weights = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
+    for weight in weights:
+        # A loader builds on the meta device, where initialising does nothing but import 150 MB.
+        if not weight.is_meta:
+            init(weight)
+    return weights
+
 
 class ChainLinear(nn.Module):
     """y_i = W_i x_{<=i} + b_i for each chain i (equation 1, Algorithm 1)."""
 
     def __init__(self, in_dims: Sequence[int], out_dims: Sequence[int], bias: bool = False) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(out, width))
-            for out, width in zip(out_dims, accumulate(in_dims), strict=True)
-        )
+        shapes = zip(out_dims, accumulate(in_dims), strict=True)
+        self.weights = _make_weights(shapes, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(o)) for o in out_dims if bias)
-        for weight in self.weights:
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
         """[T, D] to [T, O]; chains beyond `len(num_rows)` are not computed."""
@@ -55,11 +65,7 @@ class ChainEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(vocab_size, d)) for d in chain_dims
-        )
-        for weight in self.weights:
-            nn.init.normal_(weight, std=0.02)
+        self.weights = _make_weights(((vocab_size, d) for d in chain_dims), _SMALL_NORMAL)
 
     def forward(self, token_ids_T: Tensor, num_rows: Sequence[int]) -> Tensor:
         """[T] token ids to [T, D]; zero where a row's level lacks the chain."""
@@ -80,11 +86,7 @@ class SharedHead(nn.Module):
 
     def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(vocab_size, d)) for d in chain_dims
-        )
-        for weight in self.weights:
-            nn.init.normal_(weight, std=0.02)
+        self.weights = _make_weights(((vocab_size, d) for d in chain_dims), _SMALL_NORMAL)
 
     def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
         """[T, D] to [T, V], each row scored at its own level."""
@@ -118,11 +120,8 @@ class PerLevelHead(nn.Module):
 
     def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(vocab_size, width)) for width in accumulate(chain_dims)
-        )
-        for weight in self.weights:
-            nn.init.normal_(weight, std=0.02)
+        shapes = ((vocab_size, width) for width in accumulate(chain_dims))
+        self.weights = _make_weights(shapes, _SMALL_NORMAL)
 
     def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
         """[T, D] to [T, V], each row scored at its own level."""

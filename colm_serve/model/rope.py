@@ -14,12 +14,15 @@ from colm_serve.model.config import ColmConfig, Llama3RopeScaling
 
 
 def rotation_table(config: ColmConfig) -> Tensor:
-    """cos and sin of every position and frequency: [max_context, 2, head_dim / 2], fp32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    """cos and sin of every position and frequency: [max_context, 2, head_dim / 2], fp32, on CPU.
+
+    A function of the config alone, so it is computed even where weights are only placeholders.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling is not None:
         frequencies = _rescale(frequencies, config.rope_scaling)
-    angles = torch.outer(torch.arange(config.max_context, dtype=torch.float32), frequencies)
+    angles = torch.outer(torch.arange(config.max_context, device="cpu").float(), frequencies)
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 

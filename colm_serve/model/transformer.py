@@ -142,8 +142,9 @@ class ColmModel(nn.Module):
         x_TD = self.embedding(token_ids_T, num_rows)
         cos_sin = self.rotations[positions_T]
         last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            if layer == last:
+        for block in self.blocks:
+            assert isinstance(block, ChainBlock)
+            if block.layer == last:
                 block.store_kv(x_TD, num_rows, cos_sin, context)
             else:
                 x_TD = block(x_TD, num_rows, cos_sin, context)
@@ -166,7 +167,8 @@ class ColmModel(nn.Module):
         num_rows = [rows * seq_len for rows in level_rows(levels)]
         positions = torch.arange(seq_len, device=token_ids_BS.device).repeat(num_sequences)
         context = CausalContext(self.config, seq_len)
-        return self(token_ids_BS.flatten(), positions, num_rows, context)
+        out: Tensor = self(token_ids_BS.flatten(), positions, num_rows, context)
+        return out
 
 
 def level_rows(levels: Sequence[int]) -> tuple[int, ...]:

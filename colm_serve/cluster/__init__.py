@@ -1,0 +1,1 @@
+"""The composition root: Ray actors, their controller, and starting and stopping the lot."""

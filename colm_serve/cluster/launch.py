@@ -1,0 +1,90 @@
+"""Start a cluster from its configuration and stop it without a trace."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from colm_serve.cluster.controller import ClusterView, Controller
+from colm_serve.cluster.placement import slots_of
+from colm_serve.config import ClusterConfig
+from colm_serve.errors import ColmError, Unavailable
+from colm_serve.model.checkpoint import check_folder
+from colm_serve.router.actor import RouterAddresses
+
+_STOP_TIMEOUT_S = 30.0
+
+
+class Cluster:
+    """A running cluster; a context manager that leaves no process behind."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        """Start it and wait until it serves.
+
+        Raises:
+            ColmError: a bad model folder, too few resources, a worker that does not start.
+        """
+        # Cheap, and a clearer message than one out of an actor's constructor.
+        check_folder(config.model)
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _init_ray(config)
+        self._controller: Any = ray.remote(Controller).options(num_cpus=0).remote(config)
+        timeout_s = 2 * config.ray.start_timeout_s
+        try:
+            self.addresses: RouterAddresses = ray.get(
+                self._controller.start.remote(), timeout=timeout_s
+            )
+        except ray.exceptions.RayTaskError as error:
+            self.stop()
+            cause = error.cause
+            raise cause if isinstance(cause, ColmError) else Unavailable(str(error)) from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def view(self) -> ClusterView:
+        """Who is in the cluster now."""
+        view: ClusterView = ray.get(self._controller.view.remote(), timeout=_STOP_TIMEOUT_S)
+        return view
+
+    def stop(self) -> None:
+        """Stop every process of the cluster, and Ray if this started it; safe to call twice."""
+        if self._controller is None:
+            return
+        controller, self._controller = self._controller, None
+        with suppress(ray.exceptions.RayError):
+            ray.get(controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
+        ray.kill(controller)
+        if self._owns_ray:
+            ray.shutdown()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _init_ray(config: ClusterConfig) -> None:
+    # Explicit, since a cluster whose nodes disagree about it fails late and obscurely.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"configure_logging": False, "logging_level": logging.ERROR, "log_to_driver": False}
+    if config.ray.address != "local":
+        ray.init(address=config.ray.address, **quiet)
+        return
+    wanted = sum(slot.num_cpus for slot in slots_of(config))
+    # A laptop hosts the whole cluster: what Ray counts is places, not cores.
+    num_cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)

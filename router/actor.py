@@ -1,0 +1,43 @@
+"""The Ray shell of the router: build, serve, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from colm_serve.config import ClusterConfig
+from colm_serve.core import Membership
+from colm_serve.router.server import RouterService
+from colm_serve.transport.host import ServiceThread
+
+
+@dataclass(frozen=True)
+class RouterAddresses:
+    """Where clients reach the router."""
+
+    grpc: str
+    http: str
+
+    @property
+    def grpc_port(self) -> int:
+        return int(self.grpc.rpartition(":")[2])
+
+    @property
+    def http_port(self) -> int:
+        return int(self.http.rpartition(":")[2])
+
+
+class RouterActor:
+    """Hosts the router; it serves when the constructor returns."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._service = RouterService(config)
+        self._host = ServiceThread(self._service)
+
+    def describe(self) -> RouterAddresses:
+        return RouterAddresses(self._service.grpc_address, self._service.http_address)
+
+    def update_membership(self, membership: Membership) -> None:
+        self._service.update_membership(membership)
+
+    def stop(self) -> None:
+        self._host.stop()
