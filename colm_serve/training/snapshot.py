@@ -56,7 +56,9 @@ def save_snapshot(
         save_file(_moments(model, optimizer), staging / "optimizer.safetensors")
         state = {"step": step, "recipe": config.to_dict()}
         (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
-    for old in checkpoint_folders(run_folder)[:-_NUM_KEPT]:
+    # A later one can only be there damaged, and says nothing about which to keep.
+    past = [folder for folder in checkpoint_folders(run_folder) if folder.name <= target.name]
+    for old in past[:-_NUM_KEPT]:
         shutil.rmtree(old)
     return target
 
@@ -75,13 +77,14 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
     for folder in reversed(checkpoint_folders(run_folder)):
         try:
             state = json.loads((folder / "state.json").read_text("utf-8"))
+            step, recipe = state["step"], state["recipe"]
             weights = dict(load_model(folder).model.named_parameters())
             moments = load_file(folder / "optimizer.safetensors")
-        except (OSError, ValueError, CheckpointError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, CheckpointError, SafetensorError) as error:
             _log.warning("%s cannot be read, trying the one before: %s", folder, error)
             continue
-        _check_recipe(folder, json.loads(json.dumps(config.to_dict())), state["recipe"])
-        return Snapshot(folder, state["step"], weights, moments)
+        _check_recipe(folder, json.loads(json.dumps(config.to_dict())), recipe)
+        return Snapshot(folder, step, weights, moments)
     return None
 
 

@@ -161,15 +161,14 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _evaluate(self) -> list[LevelLoss]:
-        with self._precision():
-            losses = evaluate(
-                self.model,
-                self.dataset.heldout,
-                token_bytes(self.dataset.tokenizer),
-                seq_len=self.config.seq_len,
-                sequences_per_batch=self.config.sequences_per_micro_batch,
-                max_tokens=self.config.eval_tokens,
-            )
+        losses = evaluate(
+            self.model,
+            self.dataset.heldout,
+            token_bytes(self.dataset.tokenizer),
+            seq_len=self.config.seq_len,
+            sequences_per_batch=self.config.sequences_per_micro_batch,
+            max_tokens=self.config.eval_tokens,
+        )
         nats = [round(loss.nats_per_token, 4) for loss in losses]
         self.metrics.append({"step": self.step, "heldout_loss": nats})
         return losses
