@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 
@@ -118,7 +119,12 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**asdict(self), "model": self.model.to_dict()}
+        values = {**asdict(self), "model": self.model.to_dict()}
+        return cast(dict[str, Any], json.loads(json.dumps(values)))
+
+    def save(self, path: Path) -> None:
+        """Write a YAML file that `load` reads back."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), "utf-8")
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> TrainConfig:

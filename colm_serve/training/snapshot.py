@@ -83,7 +83,7 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
         except (OSError, ValueError, KeyError, CheckpointError, SafetensorError) as error:
             _log.warning("%s cannot be read, trying the one before: %s", folder, error)
             continue
-        _check_recipe(folder, json.loads(json.dumps(config.to_dict())), recipe)
+        _check_recipe(folder, config.to_dict(), recipe)
         return Snapshot(folder, step, weights, moments)
     return None
 
@@ -99,6 +99,7 @@ def export_model(run_folder: Path, config: TrainConfig, model_folder: Path) -> P
         raise CheckpointError(f"{run_folder}: no checkpoint yet; train some more")
     save_model(load_model(snapshot.folder).model, model_folder)
     save_tokenizer(load_tokenizer(run_folder), model_folder, config.model.max_context)
+    config.save(model_folder / "train.yaml")
     return model_folder
 
 

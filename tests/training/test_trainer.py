@@ -175,7 +175,9 @@ def test_a_running_run_can_be_exported(
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "train.yaml",
     ]
+    assert TrainConfig.load(tmp_path / "model" / "train.yaml") == recipe()
 
 
 def test_vocabulary_must_match_the_corpus(
