@@ -1,0 +1,54 @@
+"""The stages of a request and when it reached them: the only source of latency metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum, auto
+
+#: Seconds on a clock that never goes back.
+Clock = Callable[[], float]
+
+
+class Stage(Enum):
+    RECEIVED = auto()
+    PLACED = auto()
+    ADMITTED = auto()
+    FIRST_TOKEN = auto()
+    FINISHED = auto()
+
+
+class Lifecycle:
+    """One request's stages; each keeps the time at which it was first reached.
+
+    `token_gap_s` is the time from the last token but one to the last; None before two have come.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._reached: dict[Stage, float] = {}
+        self._last_token_at: float | None = None
+        self.token_gap_s: float | None = None
+        self.reach(Stage.RECEIVED)
+
+    def reach(self, stage: Stage) -> None:
+        self._reached.setdefault(stage, self._clock())
+
+    def token(self) -> None:
+        """Note that a token has come."""
+        now = self._clock()
+        self.token_gap_s = None if self._last_token_at is None else now - self._last_token_at
+        self._last_token_at = now
+        self._reached.setdefault(Stage.FIRST_TOKEN, now)
+
+    def has(self, stage: Stage) -> bool:
+        return stage in self._reached
+
+    def age_s(self) -> float:
+        """Seconds since the request was received."""
+        return self._clock() - self._reached[Stage.RECEIVED]
+
+    def between_s(self, start: Stage, end: Stage) -> float | None:
+        """Seconds from one stage to another; None until both are reached."""
+        if start in self._reached and end in self._reached:
+            return self._reached[end] - self._reached[start]
+        return None

@@ -1,0 +1,138 @@
+"""What OpenAI clients get back: whole answers and stream chunks, as JSON-ready dicts.
+
+Beyond OpenAI's fields, a chunk's choice has `level`, the chain level that made its token, and a
+whole answer's choice has `level`, a list with the level of each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from colm_serve.core import FinishReason
+from colm_serve.router.request import Finished, GenerationEvent, Started, Token, Usage
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one endpoint names and nests things."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+    is_chat: bool
+
+    def whole_text(self, text: str) -> Json:
+        if self.is_chat:
+            return {"message": {"role": "assistant", "content": text}}
+        return {"text": text}
+
+    def chunk_text(self, text: str) -> Json:
+        if self.is_chat:
+            return {"delta": {"content": text} if text else {}}
+        return {"text": text}
+
+
+COMPLETION = Format("cmpl-", "text_completion", "text_completion", is_chat=False)
+CHAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", is_chat=True)
+
+
+@dataclass
+class Choice:
+    """One prompt's answer, gathered from its events."""
+
+    text: str = ""
+    levels: list[int] = field(default_factory=list)
+    finished: Finished | None = None
+
+    def add(self, event: GenerationEvent) -> None:
+        match event:
+            case Started():
+                pass
+            case Token():
+                self.text += event.text
+                self.levels.append(event.level)
+            case Finished():
+                self.text += event.text
+                self.finished = event
+
+
+class Answer:
+    """One reply, whole or in chunks; its id is that of the first of its requests to start."""
+
+    def __init__(self, style: Format, created: int, num_choices: int) -> None:
+        self._style = style
+        self._created = created
+        self._head: Json = {}
+        self._choices = [Choice() for _ in range(num_choices)]
+
+    def add(self, index: int, event: GenerationEvent) -> list[Json]:
+        """Note an event of one of the prompts; returns the chunks that a stream sends for it."""
+        if isinstance(event, Started) and not self._head:
+            self._head = {"id": self._style.id_prefix + event.request_id, "model": event.model}
+        choice = self._choices[index]
+        choice.add(event)
+        match event:
+            case Started():
+                if not self._style.is_chat:
+                    return []
+                delta = {"delta": {"role": "assistant", "content": ""}}
+                return [self._chunk(index, delta, event.level, None)]
+            case Token():
+                text = self._style.chunk_text(event.text)
+                return [self._chunk(index, text, event.level, None)]
+            case Finished():
+                level = choice.levels[-1] if choice.levels else None
+                text = self._style.chunk_text(event.text)
+                return [self._chunk(index, text, level, event.reason)]
+
+    def usage_chunk(self) -> Json:
+        """The chunk that ends a stream with `include_usage`."""
+        return {**self._reply(self._style.chunk_object), "choices": [], "usage": self._usage()}
+
+    def whole(self) -> Json:
+        """The reply to a request that is not streamed."""
+        choices = [
+            {
+                "index": index,
+                **self._style.whole_text(choice.text),
+                "logprobs": None,
+                "finish_reason": choice.finished.reason.value if choice.finished else None,
+                "level": choice.levels,
+            }
+            for index, choice in enumerate(self._choices)
+        ]
+        reply = self._reply(self._style.whole_object)
+        return {**reply, "choices": choices, "usage": self._usage()}
+
+    def _chunk(
+        self, index: int, text: Json, level: int | None, reason: FinishReason | None
+    ) -> Json:
+        choice = {
+            "index": index,
+            **text,
+            "logprobs": None,
+            "finish_reason": None if reason is None else reason.value,
+            "level": level,
+        }
+        return {**self._reply(self._style.chunk_object), "choices": [choice]}
+
+    def _reply(self, kind: str) -> Json:
+        return {**self._head, "object": kind, "created": self._created}
+
+    def _usage(self) -> Json:
+        return _usage([c.finished.usage for c in self._choices if c.finished is not None])
+
+
+def _usage(usages: Sequence[Usage]) -> Json:
+    num_prompt = sum(usage.num_prompt_tokens for usage in usages)
+    num_output = sum(usage.num_output_tokens for usage in usages)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": sum(u.num_cached_tokens for u in usages)},
+    }

@@ -1,0 +1,94 @@
+"""A generation as clients see it: the request and its events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from colm_serve.core import FinishReason, StageTimings
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    messages: tuple[ChatMessage, ...]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a client asks for, unchecked; None leaves a choice to the router.
+
+    An empty `model` means the one that the cluster serves.
+    """
+
+    prompt: Prompt
+    model: str = ""
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    sla_class: str | None = None
+    level: int | None = None
+    min_level: int | None = None
+    max_level: int | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a generation cost. Cached and shipped tokens are of the prompt."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_shipped_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """A decode worker has admitted the request; `request_id` was made by the router."""
+
+    request_id: str
+    model: str
+    level: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token; `text` may be empty while a character or a stop string may be incomplete."""
+
+    token_id: int
+    text: str
+    level: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end; `text` is what was still held back when the last token had come."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: StageTimings
+    text: str = ""
+
+
+GenerationEvent = Started | Token | Finished

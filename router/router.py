@@ -1,0 +1,225 @@
+"""Brings a request through the cluster: check, place, stream, and fail over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from colm_serve.config import ClusterConfig
+from colm_serve.core import Admitted, Decoded, DecodedToken, FinishReason, Membership
+from colm_serve.errors import (
+    ColmError,
+    DataLoss,
+    DeadlineExceeded,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from colm_serve.router.admission import Admission
+from colm_serve.router.cluster_status import ClusterStatus, cluster_status
+from colm_serve.router.cluster_view import ClusterView
+from colm_serve.router.detokenizer import Detokenizer
+from colm_serve.router.lifecycle import Clock, Lifecycle
+from colm_serve.router.metrics import Metrics
+from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.policy import Placement, Policy, highest_level_least_finish
+from colm_serve.router.poller import StatusPoller
+from colm_serve.router.request import GenerationEvent, GenerationRequest
+from colm_serve.router.running import RunningRequest
+from colm_serve.router.tokenizer import Tokenizer
+from colm_serve.router.validation import Validator
+from colm_serve.router.worker_client import WorkerClients
+
+logger = logging.getLogger(__name__)
+
+#: How long a new request waits for a decode worker to appear: more than a restart takes.
+PATIENCE_S = 10.0
+
+
+class Router:
+    """Serves generations with the workers of a cluster; belongs to one event loop."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        model: ModelFacts,
+        tokenizer: Tokenizer | None,
+        *,
+        policy: Policy = highest_level_least_finish,
+        clock: Clock = time.monotonic,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.model = model
+        self.view = ClusterView(model.kv_identity)
+        self._validator = Validator(model, tokenizer, config.sla_classes, config.default_sla_class)
+        self._decode_text = None if tokenizer is None else tokenizer.decode
+        self._policy = policy
+        self._clock = clock
+        self._patience_s = patience_s
+        self._max_attempts = config.router.max_attempts
+        self._admission = Admission(config.router.max_concurrent)
+        self._clients = WorkerClients(config.tls)
+        self._poller = StatusPoller(
+            self.view,
+            self._clients,
+            interval_s=config.router.status_interval_s,
+            timeout_s=config.router.status_timeout_s,
+        )
+        self._metrics = Metrics()
+        self._running: dict[str, RunningRequest] = {}
+
+    async def update_membership(self, membership: Membership) -> None:
+        """Use a newer membership; requests at workers that have left go on elsewhere."""
+        await self._poller.update_membership(membership)
+
+    async def close(self) -> None:
+        """Stop polling and close every channel; nothing may be under way any more."""
+        await self._poller.stop()
+        await self._clients.close_all()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Started, a Token for each token, Finished. Closing the generator ends the request.
+
+        Raises:
+            InvalidArgument: a field has a value that is not allowed; nothing was done.
+            ResourceExhausted: no room now, here or on any decode worker.
+            Unavailable: no decode worker, or too many of them failed.
+            ColmError: what a decode worker refused the request with.
+        """
+        lifecycle = Lifecycle(self._clock)
+        try:
+            with self._admission.admit():
+                running = await self._open(request, lifecycle)
+                try:
+                    async with aclosing(self._serve(running)) as events:
+                        async for event in events:
+                            self._metrics.event(event, lifecycle)
+                            yield event
+                finally:
+                    del self._running[running.request_id]
+        except ColmError as error:
+            self._metrics.failed(error)
+            raise
+
+    async def set_level(self, request_id: str, level: int) -> None:
+        """Move a running request to another level from its next token on.
+
+        Raises:
+            InvalidArgument: no such request is under way, or the model has no such level.
+        """
+        running = self._running.get(request_id)
+        if running is None:
+            raise InvalidArgument("request_id", request_id, "the id of a request under way")
+        self._validator.check_level("level", level)
+        await running.set_level(level)
+        self._metrics.level_moved()
+
+    @property
+    def num_running(self) -> int:
+        """Requests under way."""
+        return len(self._running)
+
+    def status(self) -> ClusterStatus:
+        return cluster_status(self.model, self.view)
+
+    def render_metrics(self) -> bytes:
+        return self._metrics.render(self.view, self._admission.num_running)
+
+    async def _open(self, request: GenerationRequest, lifecycle: Lifecycle) -> RunningRequest:
+        checked = await self._validator.check(request)
+        request_id = uuid.uuid4().hex
+        detokenizer = Detokenizer(self._decode_text, checked.stop)
+        running = RunningRequest(request_id, checked, self.model, detokenizer, lifecycle)
+        self._running[request_id] = running
+        return running
+
+    async def _serve(self, running: RunningRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Attempts, one after another, until one comes to the end."""
+        while (reason := running.reason_to_end()) is None:
+            placement = await self._place(running)
+            try:
+                async with aclosing(self._attempt(running, placement)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except (Unavailable, DataLoss, ResourceExhausted) as error:
+                self._note_failure(running, placement, error)
+        # The worker was gone after the last token, before it could say that it was the last.
+        yield running.finished(reason, None)
+
+    async def _attempt(
+        self, running: RunningRequest, placement: Placement
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """One Decode call; raises what ended it, unless the request has come to its end."""
+        request, work = running.placed(placement)
+        call = running.call = self._clients.decode(placement.decode, running.remaining_s)
+        self.view.place(running.request_id, placement, work)
+        try:
+            async with aclosing(call.events(request)) as events:
+                async for event in events:
+                    match event:
+                        case Admitted():
+                            self.view.admitted(running.request_id, placement)
+                            if (started := running.admitted(event)) is not None:
+                                yield started
+                        case DecodedToken():
+                            yield running.token(event)
+                            if running.is_stopped:
+                                yield running.finished(FinishReason.STOP, None)
+                                return
+                        case Decoded():
+                            yield running.finished(event.reason, event)
+                            return
+            raise DataLoss(f"{placement.decode.worker_id}: the stream ended before the request")
+        finally:
+            call.cancel()
+            running.call = None
+            self.view.release(running.request_id, placement)
+
+    async def _place(self, running: RunningRequest) -> Placement:
+        """Where to go next, waiting for a worker or for room if that is worth it.
+
+        A client that has had tokens is owed the rest, so its request waits until its deadline.
+        """
+        too_late: type[ColmError] = DeadlineExceeded if running.is_resuming else Unavailable
+        patience_s = running.remaining_s
+        if not running.is_resuming:
+            patience_s = min(self._patience_s, patience_s)
+        trouble: ColmError | None = None
+        try:
+            async with asyncio.timeout(patience_s):
+                while True:
+                    change = self.view.change()
+                    try:
+                        return self._policy(running.facts(), self.view.snapshot())
+                    except Unavailable as error:
+                        trouble = error
+                    except ResourceExhausted as error:
+                        if not running.is_resuming:
+                            raise
+                        trouble = error
+                    await change.wait()
+                    running.refused_by = frozenset()
+        except TimeoutError as error:
+            raise too_late(f"{trouble}; waited {patience_s:.1f} s") from error
+
+    def _note_failure(
+        self, running: RunningRequest, placement: Placement, error: ColmError
+    ) -> None:
+        """Learn from a failed attempt; raises its error when it was the last."""
+        logger.warning("%s at %s: %s", running.request_id, placement.decode.worker_id, error)
+        if isinstance(error, ResourceExhausted):
+            running.refused_by |= {placement.decode}
+        else:
+            running.failed_at |= {placement.decode}
+        if isinstance(error, Unavailable):
+            self.view.set_unreachable(placement.decode)
+        if running.reason_to_end() is not None:
+            return
+        if running.num_attempts >= self._max_attempts:
+            raise error
+        self._metrics.failed_over()

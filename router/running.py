@@ -1,0 +1,157 @@
+"""One request under way at the router: what it asked for, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from colm_serve.core import (
+    Admitted,
+    Decoded,
+    DecodedToken,
+    DecodeRequest,
+    FinishReason,
+    Member,
+    StageTimings,
+)
+from colm_serve.router.detokenizer import Detokenizer, Piece
+from colm_serve.router.lifecycle import Lifecycle, Stage
+from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.policy import Placement, RequestFacts
+from colm_serve.router.request import Finished, Started, Token, Usage
+from colm_serve.router.snapshot import Work
+from colm_serve.router.validation import CheckedRequest
+from colm_serve.router.worker_client import DecodeCall
+
+
+class RunningRequest:
+    """Outlives the decode workers that serve it: to resume, nothing else is needed."""
+
+    def __init__(
+        self,
+        request_id: str,
+        checked: CheckedRequest,
+        model: ModelFacts,
+        detokenizer: Detokenizer,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self.request_id = request_id
+        self.checked = checked
+        self.lifecycle = lifecycle
+        self.call: DecodeCall | None = None
+        self.num_attempts = 0
+        self.refused_by: frozenset[Member] = frozenset()
+        self.failed_at: frozenset[Member] = frozenset()
+        self.is_stopped = False
+        self._model = model
+        self._detokenizer = detokenizer
+        self._output: list[int] = []
+        self._level: int | None = None
+        self._is_level_set = False
+        self._num_cached = 0
+
+    @property
+    def is_resuming(self) -> bool:
+        """Whether the client has had tokens, so that the rest are owed to it."""
+        return bool(self._output)
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline; negative past it."""
+        return self.checked.deadline_s - self.lifecycle.age_s()
+
+    def facts(self) -> RequestFacts:
+        """What a policy is to place: what is left of the request.
+
+        A request that resumes keeps its level, for its text to go on as it would have, unless
+        only a lower one can be served. One that a client has moved stays where it was moved.
+        """
+        low, high = self.checked.min_level, self.checked.max_level
+        if self._level is not None and (self.is_resuming or self._is_level_set):
+            low, high = min(low, self._level), self._level
+        return RequestFacts(
+            prompt=self._prompt,
+            max_tokens=self._max_tokens,
+            min_level=high if self._is_level_set else low,
+            max_level=high,
+            ttft_s=self.checked.ttft_s,
+            tpot_s=self.checked.tpot_s,
+            refused_by=self.refused_by,
+            failed_at=self.failed_at,
+        )
+
+    def placed(self, placement: Placement) -> tuple[DecodeRequest, Work]:
+        """Note an attempt; returns what to ask of the decode worker, and what that costs."""
+        self.num_attempts += 1
+        self._level = placement.level
+        self.lifecycle.reach(Stage.PLACED)
+        prompt, max_tokens = self._prompt, self._max_tokens
+        request = DecodeRequest(
+            request_id=self.request_id,
+            prompt=prompt,
+            level=placement.level,
+            # Draws are keyed by (seed, position), so they continue where they were.
+            sampling=replace(self.checked.sampling, max_tokens=max_tokens),
+            prefill_addresses=tuple(member.address for member in placement.prefill),
+            kv_identity=self._model.kv_identity,
+        )
+        return request, Work(placement.level, len(prompt), max_tokens, self.checked.tpot_s)
+
+    async def set_level(self, level: int) -> None:
+        """Go to a level from the next token on, and keep it through any failover."""
+        self._level, self._is_level_set = level, True
+        if self.call is not None:
+            await self.call.move_level(level)
+
+    def admitted(self, event: Admitted) -> Started | None:
+        """The first admission is the client's start; later ones it never hears of."""
+        assert self._level is not None, "a request is placed before it is admitted"
+        self._num_cached = min(event.num_cached_tokens, len(self.checked.prompt))
+        if self.lifecycle.has(Stage.ADMITTED):
+            return None
+        self.lifecycle.reach(Stage.ADMITTED)
+        return Started(self.request_id, self._model.name, self._level)
+
+    def token(self, event: DecodedToken) -> Token:
+        self.lifecycle.token()
+        self._output.append(event.token_id)
+        piece = self._detokenizer.push(event.token_id)
+        self.is_stopped = piece.is_stop
+        return Token(event.token_id, piece.text, event.level)
+
+    def reason_to_end(self) -> FinishReason | None:
+        """Why no more tokens are owed, should the decode worker be gone before it said so."""
+        if self.is_stopped:
+            return FinishReason.STOP
+        if not self._output:
+            return None
+        if self._output[-1] in self._model.eos_token_ids and not self.checked.sampling.ignore_eos:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self._max_tokens == 0 else None
+
+    def finished(self, reason: FinishReason, decoded: Decoded | None) -> Finished:
+        """The last event; `decoded` is the worker's account, where it gave one."""
+        piece = Piece("") if self.is_stopped else self._detokenizer.flush()
+        self.lifecycle.reach(Stage.FINISHED)
+        num_shipped = 0 if decoded is None else decoded.num_shipped_tokens
+        ttft_s = self.lifecycle.between_s(Stage.RECEIVED, Stage.FIRST_TOKEN) or 0.0
+        decode_s = self.lifecycle.between_s(Stage.FIRST_TOKEN, Stage.FINISHED) or 0.0
+        timings = StageTimings(decode_s=decode_s) if decoded is None else decoded.timings
+        return Finished(
+            reason=FinishReason.STOP if piece.is_stop else reason,
+            usage=Usage(
+                num_prompt_tokens=len(self.checked.prompt),
+                num_cached_tokens=self._num_cached,
+                num_shipped_tokens=min(num_shipped, len(self.checked.prompt)),
+                num_output_tokens=len(self._output),
+            ),
+            timings=replace(timings, ttft_s=ttft_s),
+            text=piece.text,
+        )
+
+    @property
+    def _prompt(self) -> tuple[int, ...]:
+        return (*self.checked.prompt, *self._output)
+
+    @property
+    def _max_tokens(self) -> int:
+        return self.checked.sampling.max_tokens - len(self._output)

@@ -1,0 +1,192 @@
+"""colm.v1.GenerationService's messages to plain values and back; for the service and clients."""
+
+from __future__ import annotations
+
+from colm_serve.errors import DataLoss, InvalidArgument
+from colm_serve.proto.colm.v1 import common_pb2, generation_pb2
+from colm_serve.router.cluster_status import ClusterStatus, WorkerState
+from colm_serve.router.request import (
+    ChatMessage,
+    ChatPrompt,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    Prompt,
+    Started,
+    TextPrompt,
+    Token,
+    TokenPrompt,
+    Usage,
+)
+from colm_serve.transport.serde import (
+    finish_reason_from_proto,
+    finish_reason_to_proto,
+    timings_from_proto,
+    timings_to_proto,
+)
+
+
+def request_to_proto(request: GenerationRequest) -> generation_pb2.GenerateRequest:
+    """Raises InvalidArgument when a number does not fit its field."""
+    try:
+        message = generation_pb2.GenerateRequest(
+            model=request.model,
+            sampling=common_pb2.SamplingParams(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                seed=request.seed,
+                max_tokens=request.max_tokens,
+                ignore_eos=request.ignore_eos,
+            ),
+            stop=request.stop,
+            sla_class=request.sla_class,
+            level=request.level,
+            min_level=request.min_level,
+            max_level=request.max_level,
+        )
+        _set_prompt(message, request.prompt)
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument("request", request, f"values that fit the wire ({error})") from error
+    return message
+
+
+def _set_prompt(message: generation_pb2.GenerateRequest, prompt: Prompt) -> None:
+    match prompt:
+        case TextPrompt(text):
+            message.prompt = text
+        case TokenPrompt(token_ids):
+            message.prompt_token_ids.CopyFrom(generation_pb2.TokenIds(ids=token_ids))
+        case ChatPrompt(messages):
+            chat = generation_pb2.Chat()
+            for m in messages:
+                chat.messages.add(role=m.role, content=m.content)
+            message.chat.CopyFrom(chat)
+
+
+def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationRequest:
+    """Raises InvalidArgument when there is no prompt."""
+    sampling = message.sampling
+    return GenerationRequest(
+        prompt=_prompt_from_proto(message),
+        model=message.model,
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        top_k=sampling.top_k,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        ignore_eos=sampling.ignore_eos,
+        stop=tuple(message.stop),
+        sla_class=message.sla_class or None,
+        level=message.level if message.HasField("level") else None,
+        min_level=message.min_level if message.HasField("min_level") else None,
+        max_level=message.max_level if message.HasField("max_level") else None,
+    )
+
+
+def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:
+    match message.WhichOneof("input"):
+        case "prompt":
+            return TextPrompt(message.prompt)
+        case "prompt_token_ids":
+            return TokenPrompt(tuple(message.prompt_token_ids.ids))
+        case "chat":
+            return ChatPrompt(tuple(ChatMessage(m.role, m.content) for m in message.chat.messages))
+        case other:
+            raise InvalidArgument("input", other, "prompt, prompt_token_ids or chat")
+
+
+def event_to_proto(event: GenerationEvent) -> generation_pb2.GenerateEvent:
+    match event:
+        case Started():
+            started = generation_pb2.Started(
+                request_id=event.request_id, model=event.model, level=event.level
+            )
+            return generation_pb2.GenerateEvent(started=started)
+        case Token():
+            token = generation_pb2.Token(
+                token_id=event.token_id, text=event.text, level=event.level
+            )
+            return generation_pb2.GenerateEvent(token=token)
+        case Finished():
+            finished = generation_pb2.Finished(
+                reason=finish_reason_to_proto(event.reason),
+                usage=generation_pb2.Usage(
+                    num_prompt_tokens=event.usage.num_prompt_tokens,
+                    num_cached_tokens=event.usage.num_cached_tokens,
+                    num_shipped_tokens=event.usage.num_shipped_tokens,
+                    num_output_tokens=event.usage.num_output_tokens,
+                ),
+                timings=timings_to_proto(event.timings),
+                text=event.text,
+            )
+            return generation_pb2.GenerateEvent(finished=finished)
+
+
+def event_from_proto(message: generation_pb2.GenerateEvent) -> GenerationEvent:
+    """Raises DataLoss for an event of no kind that is known here."""
+    match message.WhichOneof("event"):
+        case "started":
+            started = message.started
+            return Started(started.request_id, started.model, started.level)
+        case "token":
+            return Token(message.token.token_id, message.token.text, message.token.level)
+        case "finished":
+            finished = message.finished
+            return Finished(
+                reason=finish_reason_from_proto(finished.reason),
+                usage=Usage(
+                    num_prompt_tokens=finished.usage.num_prompt_tokens,
+                    num_cached_tokens=finished.usage.num_cached_tokens,
+                    num_shipped_tokens=finished.usage.num_shipped_tokens,
+                    num_output_tokens=finished.usage.num_output_tokens,
+                ),
+                timings=timings_from_proto(finished.timings),
+                text=finished.text,
+            )
+        case other:
+            raise DataLoss(f"event {other!r} is none of started, token, finished")
+
+
+def cluster_status_to_proto(status: ClusterStatus) -> generation_pb2.ClusterStatus:
+    return generation_pb2.ClusterStatus(
+        model=status.model,
+        num_levels=status.num_levels,
+        membership_version=status.membership_version,
+        workers=[
+            generation_pb2.WorkerState(
+                kind=worker.kind,
+                worker_id=worker.worker_id,
+                address=worker.address,
+                epoch=worker.epoch,
+                is_reachable=worker.is_reachable,
+                num_running=worker.num_running,
+                num_waiting=worker.num_waiting,
+                num_free_pages=worker.num_free_pages,
+                num_pages=worker.num_pages,
+            )
+            for worker in status.workers
+        ],
+    )
+
+
+def cluster_status_from_proto(message: generation_pb2.ClusterStatus) -> ClusterStatus:
+    return ClusterStatus(
+        model=message.model,
+        num_levels=message.num_levels,
+        membership_version=message.membership_version,
+        workers=tuple(
+            WorkerState(
+                kind=worker.kind,
+                worker_id=worker.worker_id,
+                address=worker.address,
+                epoch=worker.epoch,
+                is_reachable=worker.is_reachable,
+                num_running=worker.num_running,
+                num_waiting=worker.num_waiting,
+                num_free_pages=worker.num_free_pages,
+                num_pages=worker.num_pages,
+            )
+            for worker in message.workers
+        ),
+    )

@@ -1,0 +1,138 @@
+"""The router as a service: its gRPC and HTTP servers, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import uvicorn
+from grpc_reflection.v1alpha import reflection
+
+from colm_serve.config import ClusterConfig, TlsConfig, check_bind_address
+from colm_serve.core import Membership
+from colm_serve.model.checkpoint import kv_identity
+from colm_serve.model.config import ColmConfig
+from colm_serve.proto.colm.v1 import generation_pb2_grpc
+from colm_serve.router.http import make_app
+from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.router import Router
+from colm_serve.router.service import SERVICE_NAME, GenerationService
+from colm_serve.router.tokenizer import Tokenizer
+from colm_serve.transport.channel import bind, make_server
+from colm_serve.transport.health import add_health
+
+
+def load_router(config: ClusterConfig) -> Router:
+    """A router for the model folder that the config names; no weights are loaded.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+        InvalidConfig: an SLA class asks for a level that the model does not have.
+    """
+    model = ModelFacts.of(
+        config.served_name, ColmConfig.load(config.model), kv_identity(config.model)
+    )
+    return Router(config, model, Tokenizer.load(config.model))
+
+
+class RouterService:
+    """Serves a router; implements `transport.host.Service`.
+
+    `grpc_address` and `http_address` are the bound ones, empty before `start`.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, make_router: Callable[[ClusterConfig], Router] = load_router
+    ) -> None:
+        self._config = config
+        self._router = make_router(config)
+        self.grpc_address = ""
+        self.http_address = ""
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._start_grpc()
+        try:
+            await self._start_http()
+        except BaseException:
+            await self._grpc.stop(None)
+            raise
+
+    async def stop(self, grace_s: float) -> None:
+        await asyncio.gather(self._grpc.stop(grace_s), self._http.stop(grace_s))
+        await self._router.close()
+
+    def update_membership(self, membership: Membership) -> None:
+        """Tell the router who is in the cluster; from any thread, once started."""
+        update = self._router.update_membership(membership)
+        asyncio.run_coroutine_threadsafe(update, self._loop).add_done_callback(_raise)
+
+    async def _start_grpc(self) -> None:
+        router = self._config.router
+        self._grpc = make_server()
+        service = GenerationService(self._router)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, self._grpc)
+        await add_health(self._grpc)
+        names = (SERVICE_NAME, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+        self.grpc_address = bind(self._grpc, router.host, router.grpc_port, self._config.tls)
+        await self._grpc.start()
+
+    async def _start_http(self) -> None:
+        router, tls = self._config.router, self._config.tls
+        check_bind_address("router.host", router.host, has_tls=tls is not None)
+        listener = _listen(router.host, router.http_port)
+        host, port = listener.getsockname()[:2]
+        self.http_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._http = _HttpServer(_http_config(self._router, tls))
+        self._http.start(listener)
+
+
+class _HttpServer(uvicorn.Server):
+    """Serves in a task, and leaves the process's signals to the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def start(self, listener: socket.socket) -> None:
+        """Begin to serve; raises OSError or ssl.SSLError for certificates it cannot use."""
+        self.config.load()
+        self._serving = asyncio.create_task(self.serve(sockets=[listener]))
+
+    async def stop(self, grace_s: float) -> None:
+        self.should_exit = True
+        await asyncio.wait((self._serving,), timeout=grace_s)
+        self.force_exit = True
+        tasks = tuple(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(self._serving, *tasks, return_exceptions=True)
+
+
+def _http_config(router: Router, tls: TlsConfig | None) -> uvicorn.Config:
+    config = uvicorn.Config(
+        make_app(router), lifespan="off", log_config=None, access_log=False, ws="none"
+    )
+    if tls is not None:
+        config.ssl_certfile = str(tls.cert_file)
+        config.ssl_keyfile = str(tls.key_file)
+        config.ssl_ca_certs = str(tls.ca_file)
+        config.ssl_cert_reqs = ssl.CERT_REQUIRED
+    return config
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is any free one. Raises OSError when the port is taken."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address[:2], family=family)
+
+
+def _raise(update: Future[None]) -> None:
+    """A failed update is reported by the future's own machinery, not lost."""
+    if not update.cancelled():
+        update.result()

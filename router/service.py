@@ -1,0 +1,48 @@
+"""colm.v1.GenerationService: translates between the wire and the router."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from colm_serve.errors import ColmError
+from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
+from colm_serve.router import serde
+from colm_serve.router.router import Router
+from colm_serve.transport.status import abort
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """A thin servicer over a Router."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: _Context) -> None:
+        try:
+            generation = self._router.generate(serde.request_from_proto(request))
+            async with aclosing(generation) as events:
+                async for event in events:
+                    await context.write(serde.event_to_proto(event))
+        except ColmError as error:
+            await abort(context, error)
+
+    async def SetLevel(
+        self, request: generation_pb2.SetLevelRequest, context: _Context
+    ) -> generation_pb2.SetLevelResponse:
+        try:
+            await self._router.set_level(request.request_id, request.level)
+        except ColmError as error:
+            await abort(context, error)
+        return generation_pb2.SetLevelResponse()
+
+    async def GetClusterStatus(
+        self, request: generation_pb2.ClusterStatusRequest, context: _Context
+    ) -> generation_pb2.ClusterStatus:
+        return serde.cluster_status_to_proto(self._router.status())

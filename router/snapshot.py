@@ -1,0 +1,51 @@
+"""What the router knows of the workers at one moment; what policies decide on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from colm_serve.core import DecodeStatus, Member, PrefillStatus
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request that this router has placed on a worker."""
+
+    level: int
+    num_prompt_tokens: int
+    max_tokens: int
+    tpot_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.max_tokens
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """A decode worker. `outstanding` work was placed since and is not in `status` yet.
+
+    `tpot_s` is the strictest target among the requests that this router runs there.
+    """
+
+    member: Member
+    status: DecodeStatus
+    outstanding: tuple[Work, ...] = ()
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True)
+class PrefillState:
+    """A prefill worker; `num_outstanding_tokens` were sent there and are not in `status` yet."""
+
+    member: Member
+    status: PrefillStatus
+    num_outstanding_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ClusterSnapshot:
+    """The workers that answered their last call; all of them hold the model's weights."""
+
+    decode: tuple[DecodeState, ...] = ()
+    prefill: tuple[PrefillState, ...] = ()

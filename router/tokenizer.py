@@ -1,0 +1,121 @@
+"""Text to token ids: the tokenizer and the chat template of a model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as HfTokenizer
+
+from colm_serve.errors import CheckpointError, InvalidArgument
+from colm_serve.router.request import ChatMessage
+
+
+class Tokenizer:
+    """Encodes prompts and chats; thread-safe. Loaded with `Tokenizer.load`."""
+
+    def __init__(self, tokenizer: HfTokenizer, settings: dict[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._special = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token")}
+        self._template = _chat_template(settings.get("chat_template"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer | None:
+        """Read tokenizer.json, and tokenizer_config.json if there; None without the former.
+
+        Raises:
+            CheckpointError: a file is there but cannot be read.
+        """
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            return None
+        try:
+            tokenizer = HfTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower one
+            raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+        return cls(tokenizer, _read_settings(folder))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a prompt, special tokens of the model's own (such as BOS) included.
+
+        Raises:
+            InvalidArgument: the text holds half a surrogate pair, so it is no Unicode text.
+        """
+        _check_unicode("prompt", text)
+        return tuple(self._tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the assistant speaks.
+
+        Raises:
+            InvalidArgument: the model has no chat template, or it refuses these messages.
+        """
+        if self._template is None:
+            raise InvalidArgument(
+                "messages", "a chat", "a prompt only: this model has no chat template"
+            )
+        try:
+            text = self._template.render(
+                messages=[{"role": m.role, "content": m.content} for m in messages],
+                add_generation_prompt=True,
+                **self._special,
+            )
+        except TemplateError as error:
+            allowed = f"what the model's chat template takes ({error})"
+            raise InvalidArgument("messages", [m.role for m in messages], allowed) from error
+        _check_unicode("messages", text)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones left out; U+FFFD stands for bytes that are not UTF-8."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    path = folder / "tokenizer_config.json"
+    try:
+        if path.exists():
+            settings = json.loads(path.read_text("utf-8"))
+        template = folder / "chat_template.jinja"
+        if template.exists():
+            settings = {**settings, "chat_template": template.read_text("utf-8")}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return settings
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str:
+    """A special token is written as its text, or as an object that has the text."""
+    if isinstance(token, dict):
+        return str(token["content"])
+    return token or ""
+
+
+def _chat_template(source: str | list[dict[str, str]] | None) -> Template | None:
+    """Compile a template; of several named ones, the default."""
+    if isinstance(source, list):
+        source = {named["name"]: named["template"] for named in source}.get("default")
+    if source is None:
+        return None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _raise_exception
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise CheckpointError(f"chat_template: not a Jinja template: {error}") from error
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _check_unicode(field: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(field, text, "Unicode text without lone surrogates") from error

@@ -1,0 +1,192 @@
+"""Turns what a client asks for into what can be served, or says which field cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from colm_serve.config import SlaClass
+from colm_serve.core import MAX_SEED, SamplingParams
+from colm_serve.errors import InvalidArgument, InvalidConfig, UnknownModel
+from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.request import (
+    ChatMessage,
+    ChatPrompt,
+    GenerationRequest,
+    TextPrompt,
+    TokenPrompt,
+)
+from colm_serve.router.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+MAX_STOP_STRINGS = 16
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request that a decode worker can serve, with every choice made but the placement."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    min_level: int
+    max_level: int
+    ttft_s: float | None
+    tpot_s: float | None
+    deadline_s: float
+
+
+class Validator:
+    """Checks requests against one model and the cluster's SLA classes.
+
+    Raises:
+        InvalidConfig: a class whose `min_level` the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: ModelFacts,
+        tokenizer: Tokenizer | None,
+        sla_classes: Mapping[str, SlaClass],
+        default_sla_class: str,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._sla_classes = sla_classes
+        self._default_sla_class = default_sla_class
+        for name, sla in sla_classes.items():
+            if sla.min_level > model.num_levels:
+                key = f"sla_classes.{name}.min_level"
+                raise InvalidConfig(key, sla.min_level, f"1 to {model.num_levels}, the levels")
+
+    async def check(self, request: GenerationRequest) -> CheckedRequest:
+        """Check and tokenize a request.
+
+        Raises:
+            InvalidArgument: names the field, its value and what is allowed.
+            UnknownModel: another model than the one served.
+        """
+        self._check_model(request.model)
+        sla = self._sla_class(request.sla_class)
+        min_level, max_level = self._levels(request, sla)
+        _check_stop(request.stop)
+        if request.stop and self._tokenizer is None:
+            raise InvalidArgument("stop", list(request.stop), "none: this model has no tokenizer")
+        prompt = await self._encode(request)
+        return CheckedRequest(
+            prompt=prompt,
+            sampling=self._sampling(request, len(prompt)),
+            stop=request.stop,
+            min_level=min_level,
+            max_level=max_level,
+            ttft_s=None if sla.ttft_ms is None else sla.ttft_ms / 1000,
+            tpot_s=None if sla.tpot_ms is None else sla.tpot_ms / 1000,
+            deadline_s=sla.deadline_s,
+        )
+
+    def check_level(self, field: str, level: int) -> None:
+        """Raise InvalidArgument unless the model has the level."""
+        if not 1 <= level <= self._model.num_levels:
+            raise InvalidArgument(field, level, f"1 to {self._model.num_levels}")
+
+    def _check_model(self, name: str) -> None:
+        if name not in ("", self._model.name):
+            raise UnknownModel("model", name, self._model.name)
+
+    def _sla_class(self, name: str | None) -> SlaClass:
+        name = self._default_sla_class if name is None else name
+        if name not in self._sla_classes:
+            raise InvalidArgument("sla_class", name, ", ".join(sorted(self._sla_classes)))
+        return self._sla_classes[name]
+
+    def _levels(self, request: GenerationRequest, sla: SlaClass) -> tuple[int, int]:
+        """The class's bounds, narrowed by the request's own."""
+        low, high = (
+            sla.min_level,
+            min(sla.max_level or self._model.num_levels, self._model.num_levels),
+        )
+        asked = {
+            "level": request.level,
+            "min_level": request.min_level,
+            "max_level": request.max_level,
+        }
+        for field, level in asked.items():
+            if level is not None and not low <= level <= high:
+                raise InvalidArgument(field, level, f"{low} to {high}")
+        if request.level is not None:
+            if request.min_level is not None or request.max_level is not None:
+                bounds = (request.min_level, request.max_level)
+                raise InvalidArgument("level", request.level, f"no min_level, max_level {bounds}")
+            return request.level, request.level
+        low, high = request.min_level or low, request.max_level or high
+        if low > high:
+            raise InvalidArgument("min_level", low, f"at most max_level, {high}")
+        return low, high
+
+    async def _encode(self, request: GenerationRequest) -> tuple[int, ...]:
+        match request.prompt:
+            case TokenPrompt(token_ids):
+                prompt, field = self._check_token_ids(token_ids), "prompt"
+            case TextPrompt(text):
+                tokenizer = self._need_tokenizer("prompt", text)
+                # Long prompts take a while, and the event loop never computes.
+                prompt, field = await asyncio.to_thread(tokenizer.encode, text), "prompt"
+            case ChatPrompt(messages):
+                tokenizer = self._need_tokenizer("messages", [m.role for m in messages])
+                _check_roles(messages)
+                field = "messages"
+                prompt = await asyncio.to_thread(tokenizer.encode_chat, messages)
+        longest = self._model.max_context - 1
+        if not 1 <= len(prompt) <= longest:
+            shown = f"{len(prompt)} tokens"
+            raise InvalidArgument(field, shown, f"1 to {longest} tokens, to leave room for one")
+        return prompt
+
+    def _check_token_ids(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < self._model.vocab_size:
+                allowed = f"token ids 0 to {self._model.vocab_size - 1}"
+                raise InvalidArgument(f"prompt[{position}]", token_id, allowed)
+        return token_ids
+
+    def _need_tokenizer(self, field: str, value: object) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InvalidArgument(field, value, "token ids: this model has no tokenizer")
+        return self._tokenizer
+
+    def _sampling(self, request: GenerationRequest, num_prompt_tokens: int) -> SamplingParams:
+        room = self._model.max_context - num_prompt_tokens
+        max_tokens = request.max_tokens
+        if max_tokens is None:
+            max_tokens = min(DEFAULT_MAX_TOKENS, room)
+        if max_tokens > room:
+            allowed = (
+                f"1 to {room}: the context holds {self._model.max_context} tokens, the prompt has "
+                f"{num_prompt_tokens}"
+            )
+            raise InvalidArgument("max_tokens", max_tokens, allowed)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            # More than all tokens is all of them, and fits the wire's integer.
+            top_k=min(request.top_k, self._model.vocab_size),
+            seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
+            ignore_eos=request.ignore_eos,
+        )
+
+
+def _check_roles(messages: tuple[ChatMessage, ...]) -> None:
+    if not messages:
+        raise InvalidArgument("messages", [], "one or more messages")
+    for position, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise InvalidArgument(f"messages[{position}].role", message.role, ", ".join(ROLES))
+
+
+def _check_stop(stop: tuple[str, ...]) -> None:
+    if len(stop) > MAX_STOP_STRINGS or not all(stop):
+        raise InvalidArgument("stop", list(stop), f"at most {MAX_STOP_STRINGS} non-empty strings")

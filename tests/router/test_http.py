@@ -1,0 +1,396 @@
+"""The OpenAI-compatible API over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+
+from colm_serve.config import RouterConfig
+from tests.router.cluster import (
+    MODEL,
+    ScriptedCluster,
+    scripted_cluster,
+    trained_tokenizer,
+    until_closed,
+)
+from tests.router.scripted import Script, continuation
+
+PROMPT = [10, 11, 12]
+COMPLETION = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+
+def openai_client(cluster: ScriptedCluster) -> openai.AsyncOpenAI:
+    base_url = f"http://{cluster.service.http_address}/v1"
+    return openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0)
+
+
+def text_of(cluster: ScriptedCluster, tokens: list[int]) -> str:
+    assert cluster.router._decode_text is not None
+    return cluster.router._decode_text(tokens)
+
+
+async def stream(cluster: ScriptedCluster, path: str, body: dict[str, Any]) -> list[Any]:
+    """The data of each server-sent event; [DONE] as that string."""
+    events: list[Any] = []
+    async with cluster.http.stream("POST", path, json={**body, "stream": True}) as response:
+        assert response.status_code == 200, await response.aread()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        async for line in response.aiter_lines():
+            if line:
+                data = line.removeprefix("data: ")
+                events.append(data if data == "[DONE]" else json.loads(data))
+    return events
+
+
+async def test_completion(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path, script=Script(num_cached=2)) as cluster:
+        async with openai_client(cluster) as client:
+            reply = await client.completions.create(
+                model=MODEL, prompt=PROMPT, max_tokens=6, seed=4, extra_body={"level": 2}
+            )
+        tokens = continuation(PROMPT, 6, 4, 2)
+        choice = reply.choices[0]
+        assert choice.text == text_of(cluster, tokens)
+        assert choice.finish_reason == "length"
+        assert choice.model_dump()["level"] == [2] * 6
+        assert reply.id == "cmpl-" + cluster.worker.requests[0].request_id
+        assert reply.object == "text_completion"
+        usage = reply.usage
+        assert usage is not None
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 6, 9)
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == 2
+
+
+async def test_streamed_completion(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        body = {"prompt": PROMPT, "max_tokens": 6, "seed": 4}
+        events = await stream(
+            cluster, COMPLETION, {**body, "stream_options": {"include_usage": True}}
+        )
+        assert events[-1] == "[DONE]"
+        usage, chunks = events[-2], events[:-2]
+        assert usage["choices"] == []
+        assert usage["usage"]["completion_tokens"] == 6
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        assert text == text_of(cluster, continuation(PROMPT, 6, 4, 3))
+        assert {chunk["choices"][0]["level"] for chunk in chunks} == {3}
+        reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+        assert reasons == [None] * 6 + ["length"]
+        assert len({chunk["id"] for chunk in events[:-1]}) == 1
+        assert "usage" not in chunks[0]
+
+
+@pytest.mark.parametrize(
+    "content", ["Say hi.", [{"type": "text", "text": "Say "}, {"type": "text", "text": "hi."}]]
+)
+async def test_chat(tmp_path: Path, content: Any) -> None:
+    async with scripted_cluster(tmp_path) as cluster, openai_client(cluster) as client:
+        messages: Any = [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": content},
+        ]
+        reply = await client.chat.completions.create(
+            model=MODEL, messages=messages, max_completion_tokens=5, seed=9
+        )
+        prompt = cluster.worker.requests[0].prompt
+        rendered = trained_text("<|system|>Be brief.<|user|>Say hi.<|assistant|>")
+        assert prompt == rendered
+        tokens = continuation(prompt, 5, 9, 3)
+        assert reply.object == "chat.completion"
+        assert reply.choices[0].message.role == "assistant"
+        assert reply.choices[0].message.content == text_of(cluster, tokens)
+        assert reply.id.startswith("chatcmpl-")
+
+
+def trained_text(text: str) -> tuple[int, ...]:
+    return tuple(trained_tokenizer().encode(text).ids)
+
+
+async def test_streamed_chat(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster, openai_client(cluster) as client:
+        chunks = [
+            chunk
+            async for chunk in await client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "hi"}],
+                max_tokens=4,
+                seed=9,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        ]
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert chunks[0].object == "chat.completion.chunk"
+        text = "".join(c.choices[0].delta.content or "" for c in chunks[:-1])
+        tokens = continuation(cluster.worker.requests[0].prompt, 4, 9, 3)
+        assert text == text_of(cluster, tokens)
+        assert chunks[-2].choices[0].finish_reason == "length"
+        assert chunks[-1].choices == []
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == 4
+
+
+async def test_the_synchronous_openai_client(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        base_url = f"http://{cluster.service.http_address}/v1"
+
+        def talk() -> tuple[str, list[str]]:
+            with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+                whole = client.completions.create(model=MODEL, prompt="def", max_tokens=5, seed=1)
+                parts = client.completions.create(
+                    model=MODEL, prompt="def", max_tokens=5, seed=1, stream=True
+                )
+                return whole.choices[0].text, [part.choices[0].text for part in parts]
+
+        whole, parts = await asyncio.to_thread(talk)
+        assert whole == "".join(parts)
+
+
+@pytest.mark.parametrize(
+    "prompts", [["def", "return"], [[10, 11], [12, 13]], ["one"] * 20], ids=str
+)
+async def test_a_batch_has_a_choice_for_each_prompt(tmp_path: Path, prompts: Any) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        body = {"prompt": prompts, "max_tokens": 3, "seed": 2}
+        reply = (await cluster.http.post(COMPLETION, json=body)).json()
+        assert [choice["index"] for choice in reply["choices"]] == list(range(len(prompts)))
+        for prompt, choice in zip(prompts, reply["choices"], strict=True):
+            ids = prompt if isinstance(prompt, list) else trained_text(prompt)
+            assert choice["text"] == text_of(cluster, continuation(ids, 3, 2, 3))
+        events = await stream(cluster, COMPLETION, body)
+        texts = [""] * len(prompts)
+        for chunk in events[:-1]:
+            choice = chunk["choices"][0]
+            texts[choice["index"]] += choice["text"]
+        assert texts == [choice["text"] for choice in reply["choices"]]
+
+
+async def test_stop_strings(tmp_path: Path) -> None:
+    words = trained_text("def add(first, second): return")
+    async with scripted_cluster(tmp_path, script=Script(text=words)) as cluster:
+        body = {"prompt": PROMPT, "max_tokens": 40, "stop": "second"}
+        reply = (await cluster.http.post(COMPLETION, json=body)).json()
+        assert reply["choices"][0]["text"] == "def add(first, "
+        assert reply["choices"][0]["finish_reason"] == "stop"
+        events = await stream(cluster, COMPLETION, {**body, "stop": ["nowhere", "second"]})
+        text = "".join(chunk["choices"][0]["text"] for chunk in events[:-1])
+        assert text == "def add(first, "
+
+
+async def test_models_health_and_metrics(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        async with openai_client(cluster) as client:
+            models = await client.models.list()
+        assert [model.id for model in models.data] == [MODEL]
+        assert (await cluster.http.get("/health")).status_code == 200
+        await cluster.http.post(COMPLETION, json={"prompt": PROMPT, "max_tokens": 4, "level": 2})
+        await cluster.http.post(COMPLETION, json={"prompt": PROMPT, "level": 9})
+        response = await cluster.http.get("/metrics")
+        assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+        lines = response.text.splitlines()
+        for line in (
+            "colm:time_to_first_token_seconds_count 1.0",
+            "colm:inter_token_latency_seconds_count 3.0",
+            "colm:e2e_request_latency_seconds_count 1.0",
+            "colm:num_requests_running 0.0",
+            "colm:prompt_tokens_total 3.0",
+            'colm:generation_tokens_total{level="2"} 4.0',
+            'colm:request_success_total{finished_reason="length"} 1.0',
+            'colm:request_errors_total{code="InvalidArgument"} 1.0',
+            'colm:request_level_total{level="2"} 1.0',
+            'colm:kv_cache_usage_perc{kind="decode",worker="d0"} 0.0',
+            'colm:worker_reachable{kind="decode",worker="d0"} 1.0',
+        ):
+            assert line in lines
+
+
+async def test_health_is_503_without_a_decode_worker(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        await cluster.worker.stop()
+        await cluster.until(lambda: not cluster.router.view.has_reachable_decode())
+        response = await cluster.http.get("/health")
+        assert response.status_code == 503
+        assert response.json()["error"]["message"] == "no decode worker is reachable"
+
+
+BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETION, {"prompt": ""}, "prompt"),
+    (COMPLETION, {"prompt": []}, "prompt"),
+    (COMPLETION, {"prompt": [[]]}, "prompt"),
+    (COMPLETION, {"prompt": {"text": "x"}}, "prompt"),
+    (COMPLETION, {"prompt": [1, "x"]}, "prompt"),
+    (COMPLETION, {}, "prompt"),
+    (COMPLETION, {"prompt": [300]}, "prompt[0]"),
+    (COMPLETION, {"prompt": [5, -1]}, "prompt[1]"),
+    (COMPLETION, {"prompt": [5] * 128}, "prompt"),
+    (COMPLETION, {"prompt": [5] * 100, "max_tokens": 29}, "max_tokens"),
+    (COMPLETION, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
+    (COMPLETION, {"prompt": "x", "max_tokens": "5"}, "max_tokens"),
+    (COMPLETION, {"prompt": "x", "temperature": 2.5}, "temperature"),
+    (COMPLETION, {"prompt": "x", "temperature": "hot"}, "temperature"),
+    (COMPLETION, {"prompt": "x", "top_p": 0}, "top_p"),
+    (COMPLETION, {"prompt": "x", "top_k": -1}, "top_k"),
+    (COMPLETION, {"prompt": "x", "seed": -1}, "seed"),
+    (COMPLETION, {"prompt": "x", "seed": 2**64}, "seed"),
+    (COMPLETION, {"prompt": "x", "stop": ["a", ""]}, "stop"),
+    (COMPLETION, {"prompt": "x", "stop": ["a"] * 17}, "stop"),
+    (COMPLETION, {"prompt": "x", "stop": 5}, "stop"),
+    (COMPLETION, {"prompt": "x", "sla_class": "gold"}, "sla_class"),
+    (COMPLETION, {"prompt": "x", "level": 0}, "level"),
+    (COMPLETION, {"prompt": "x", "level": 4}, "level"),
+    (COMPLETION, {"prompt": "x", "level": 2, "min_level": 1}, "level"),
+    (COMPLETION, {"prompt": "x", "min_level": 3, "max_level": 2}, "min_level"),
+    (COMPLETION, {"prompt": "x", "n": 2}, "n"),
+    (COMPLETION, {"prompt": "x", "logprobs": 1}, "logprobs"),
+    (COMPLETION, {"prompt": "x", "logprobs": 0}, "logprobs"),
+    (COMPLETION, {"prompt": "x", "best_of": 3}, "best_of"),
+    (COMPLETION, {"prompt": "x", "echo": True}, "echo"),
+    (COMPLETION, {"prompt": "x", "suffix": "y"}, "suffix"),
+    (COMPLETION, {"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
+    (COMPLETION, {"prompt": "x", "presence_penalty": 0.5}, "presence_penalty"),
+    (COMPLETION, {"prompt": "x", "frequency_penalty": -1}, "frequency_penalty"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "hi"}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools"),
+    (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": {"type": "json_object"},
+        },
+        "response_format",
+    ),
+]
+
+
+async def test_bad_fields_are_named(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        for path, body, field in BAD_FIELDS:
+            # A streamed request that is refused is no stream.
+            response = await cluster.http.post(path, json={"stream": True, **body})
+            assert response.status_code == 400, (body, response.text)
+            error = response.json()["error"]
+            assert error["param"].startswith(field), (body, error)
+            assert field in error["message"]
+            assert error["type"] == "invalid_request_error"
+        assert cluster.worker.requests == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b'"text"',
+        b"[]",
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "temperature": NaN}',
+        b"[" * 100_000,
+    ],
+)
+async def test_bad_bodies_are_400(tmp_path: Path, raw: bytes) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        response = await cluster.http.post(COMPLETION, content=raw)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_unknown_paths_methods_and_models(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        assert (await cluster.http.get("/v2/nothing")).json()["error"]["code"] == "not_found"
+        assert (await cluster.http.get(COMPLETION)).status_code == 405
+        response = await cluster.http.post(COMPLETION, json={"prompt": "x", "model": "gpt-9"})
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+        assert response.json()["error"]["param"] == "model"
+
+
+async def test_harmless_fields_are_accepted(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        body = {
+            "prompt": "x",
+            "max_tokens": 1,
+            "user": "u1",
+            "n": 1,
+            "best_of": None,
+            "logprobs": None,
+            "echo": False,
+            "presence_penalty": 0.0,
+            "top_k": 2**40,
+            "some_future_field": {"a": 1},
+        }
+        assert (await cluster.http.post(COMPLETION, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
+        (grpc.StatusCode.FAILED_PRECONDITION, 409),
+        (grpc.StatusCode.INVALID_ARGUMENT, 400),
+        (grpc.StatusCode.DATA_LOSS, 502),
+        (grpc.StatusCode.UNAVAILABLE, 503),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+        (grpc.StatusCode.INTERNAL, 500),
+    ],
+)
+async def test_what_a_worker_refuses_has_its_own_status(
+    tmp_path: Path, code: grpc.StatusCode, status: int
+) -> None:
+    script = Script(fail_start=code, retry_after_ms=2500)
+    async with scripted_cluster(tmp_path, script=script) as cluster:
+        for body in ({"prompt": PROMPT}, {"prompt": PROMPT, "stream": True}):
+            response = await cluster.http.post(COMPLETION, json=body)
+            assert response.status_code == status, response.text
+            assert "error" in response.json()
+            assert ("retry-after" in response.headers) == (status == 429)
+
+
+async def test_overload_is_429_at_once(tmp_path: Path) -> None:
+    router = RouterConfig(status_interval_s=0.02, max_concurrent=1)
+    script = Script(hold_after=0)
+    async with scripted_cluster(tmp_path, script=script, router=router) as cluster:
+        held = asyncio.create_task(cluster.http.post(COMPLETION, json={"prompt": PROMPT}))
+        await cluster.worker.held.wait()
+        response = await cluster.http.post(COMPLETION, json={"prompt": PROMPT})
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) >= 1
+        cluster.worker.resume.set()
+        assert (await held).status_code == 200
+
+
+async def test_an_error_after_the_begin_is_an_event(tmp_path: Path) -> None:
+    script = Script(fail_after=2, fail_with=grpc.StatusCode.FAILED_PRECONDITION)
+    async with scripted_cluster(tmp_path, script=script) as cluster:
+        events = await stream(cluster, COMPLETION, {"prompt": PROMPT})
+        assert [list(event) == ["error"] for event in events] == [False, False, True]
+        assert events[-1]["error"]["code"] == "incompatible"
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+@pytest.mark.parametrize("hold_after", [0, 2])
+async def test_a_client_that_goes_away_frees_the_worker(
+    tmp_path: Path, is_streamed: bool, hold_after: int
+) -> None:
+    async with scripted_cluster(tmp_path, script=Script(hold_after=hold_after)) as cluster:
+        body = {"prompt": [PROMPT, PROMPT], "stream": is_streamed}
+        asking = asyncio.create_task(
+            httpx.AsyncClient(base_url=cluster.http.base_url).post(COMPLETION, json=body)
+        )
+        await cluster.worker.held.wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until_closed(cluster.worker)
+        assert cluster.worker.num_cancelled == len(cluster.worker.requests) == 2
