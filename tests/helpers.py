@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from colm_serve.model.transformer import ColmModel
 from colm_serve.prefill_worker.service import PrefillService
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.transport.host import ServiceThread
+
+# Tiny models gain nothing from threads, and on busy cores threads that wait for each other crawl.
+torch.set_num_threads(1)
 
 TINY = ColmConfig(
     vocab_size=97,
@@ -54,15 +58,27 @@ def make_prompt(num_tokens: int, config: ColmConfig = TINY, seed: int = 1) -> tu
     return tuple(torch.randint(config.vocab_size, (num_tokens,), generator=generator).tolist())
 
 
+@cache
+def whole_model(folder: Path) -> ColmModel:
+    """Every chain of a model folder; do not change it."""
+    return load_model(folder).model
+
+
+def before_each_block(model: ColmModel, call: Callable[[], object]) -> None:
+    """Call `call` whenever the model is about to run a block: to count, slow down or hold."""
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: (call(), None)[1])
+
+
 @torch.inference_mode()
 def generate_alone(
     folder: Path,
     prompt: tuple[int, ...],
-    levels: list[int],
+    levels: Sequence[int],
     sampling: SamplingParams = GREEDY,
 ) -> list[int]:
     """Tokens of the whole model in one process, without pages or cache: token i at levels[i]."""
-    model = load_model(folder).model
+    model = whole_model(folder)
     tokens = list(prompt)
     for level in levels:
         x_TD = model.hidden_states(torch.tensor([tokens]), [level])[-1:]
@@ -73,34 +89,52 @@ def generate_alone(
 
 @contextmanager
 def prefill_service(
-    folder: Path, epoch: int = 1, **changes: object
+    folder: Path,
+    epoch: int = 1,
+    *,
+    before_block: Callable[[], object] | None = None,
+    **changes: object,
 ) -> Iterator[tuple[PrefillService, PrefillWorker]]:
     """A real prefill worker on a free port, in this process."""
     config = PrefillConfig.model_validate({"kv_tokens": 4096, "chunk_tokens": 128, **changes})
     loaded = load_for_serving(folder, num_chains=1, with_head=False)
     worker = PrefillWorker(loaded, config, f"prefill-{epoch}", epoch)
+    if before_block is not None:
+        before_each_block(loaded.model, before_block)
     service = PrefillService(worker, config)
     host = ServiceThread(service)
     try:
         yield service, worker
     finally:
         host.stop()
+        worker.check_integrity()
+        status = worker.status()
+        assert status.num_free_pages == status.num_pages, "pages were not given back"
 
 
 @contextmanager
 def decode_service(
-    folder: Path, epoch: int = 1, **changes: object
+    folder: Path,
+    epoch: int = 1,
+    *,
+    before_block: Callable[[], object] | None = None,
+    **changes: object,
 ) -> Iterator[tuple[DecodeService, DecodeWorker]]:
     """A real decode worker on a free port, in this process."""
     config = DecodeConfig.model_validate({"kv_tokens": 8192, "local_prefill_tokens": 0, **changes})
     loaded = load_for_serving(folder, num_chains=None, with_head=True)
     worker = DecodeWorker(loaded, config, f"decode-{epoch}", epoch)
+    if before_block is not None:
+        before_each_block(loaded.model, before_block)
     service = DecodeService(worker, config)
     host = ServiceThread(service)
     try:
         yield service, worker
     finally:
         host.stop()
+        worker.check_integrity()
+        status = worker.status()
+        assert status.num_free_pages == status.num_pages, "pages were not given back"
 
 
 def with_tokens(sampling: SamplingParams, max_tokens: int) -> SamplingParams:
