@@ -24,7 +24,10 @@ _PACKAGES = ("torch", "triton", "grpcio", "ray")
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: a median, with the least and the greatest measured."""
+    """One figure: a median, with the least and the greatest measured.
+
+    A `headline` stands in the README's table.
+    """
 
     name: str
     value: float
@@ -33,6 +36,7 @@ class Row:
     spread: tuple[float, float]
     target: float | None = None
     note: str = ""
+    headline: bool = False
 
     @property
     def meets_target(self) -> bool:

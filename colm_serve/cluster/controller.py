@@ -181,7 +181,8 @@ class Controller:
             logger.warning("the router missed membership %d: %s", self._version, error)
 
     def _membership(self) -> Membership:
-        return Membership(self._version, tuple(self._members.values()))
+        members = sorted(self._members.items(), key=lambda item: item[0].bundle)
+        return Membership(self._version, tuple(member for _, member in members))
 
     async def _end(self, slot: Slot) -> None:
         actor = self._actors[slot]

@@ -77,9 +77,6 @@ class Cluster:
 
 
 def _init_ray(config: ClusterConfig) -> None:
-    # Explicit, since a cluster whose nodes disagree about it fails late and obscurely.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"configure_logging": False, "logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address != "local":
         ray.init(address=config.ray.address, **quiet)

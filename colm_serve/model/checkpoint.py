@@ -101,6 +101,7 @@ def save_model(model: ColmModel, folder: Path, dtype: torch.dtype | None = None)
             save_file(tensors, chain_path(staging, chain), header)
         folder.mkdir(exist_ok=True)
         for path in sorted(staging.iterdir()):
+            path.chmod(0o644)  # safetensors would keep its files to their owner
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

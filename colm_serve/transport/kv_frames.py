@@ -19,6 +19,9 @@ from colm_serve.errors import DataLoss
 _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PAYLOAD_TAG = 0x12  # field 2, length-delimited
 
+_KV_KINDS = {"seq": int, "layer": int, "start": int, "tokens": int, "codec": str, "xxh3": int}
+_END_KINDS = {"seq": int, "frames": int, "compute_s": float, "xxh3": int}
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -49,9 +52,6 @@ def encode_kv(
     sequence: int, layer: int, start: int, num_tokens: int, parts: Sequence[Buffer]
 ) -> bytes:
     """The wire bytes of a KV frame whose payload is `parts` one after another."""
-    digest = xxhash.xxh3_64()
-    for part in parts:
-        digest.update(part)
     header = msgpack.packb(
         {
             "seq": sequence,
@@ -59,7 +59,7 @@ def encode_kv(
             "start": start,
             "tokens": num_tokens,
             "codec": "raw",
-            "xxh3": digest.intdigest(),
+            "xxh3": _digest((sequence, layer, start, num_tokens), parts),
         }
     )
     return _encode(header, parts)
@@ -68,7 +68,13 @@ def encode_kv(
 def encode_end(sequence: int, num_frames: int, compute_s: float) -> bytes:
     """The wire bytes of the frame that ends a stream."""
     header = msgpack.packb(
-        {"seq": sequence, "end": True, "frames": num_frames, "compute_s": compute_s}
+        {
+            "seq": sequence,
+            "end": True,
+            "frames": num_frames,
+            "compute_s": compute_s,
+            "xxh3": _digest((sequence, num_frames, compute_s), ()),
+        }
     )
     return _encode(header, ())
 
@@ -77,26 +83,46 @@ def decode(message: bytes, expected_sequence: int) -> KvFrame | EndFrame:
     """Read one message; the payload is a view into it.
 
     Raises:
-        DataLoss: not a frame, out of order, or the payload does not match its digest.
+        DataLoss: not a frame, out of order, or not what its digest was made of.
     """
     header_bytes, payload = _split(memoryview(message))
+    frame, digest = _read_header(header_bytes, payload, expected_sequence)
+    if frame.sequence != expected_sequence:
+        raise DataLoss(f"KV frame {expected_sequence}: got frame {frame.sequence} in its place")
+    if isinstance(frame, EndFrame):
+        values: tuple[int | float, ...] = (frame.sequence, frame.num_frames, frame.compute_s)
+    else:
+        values = (frame.sequence, frame.layer, frame.start, frame.num_tokens)
+    if digest != _digest(values, (payload,)):
+        raise DataLoss(f"KV frame {frame.sequence}: it does not match its digest")
+    return frame
+
+
+def _read_header(
+    header_bytes: memoryview, payload: memoryview, expected_sequence: int
+) -> tuple[KvFrame | EndFrame, int]:
     try:
         header = msgpack.unpackb(header_bytes)
-        sequence = header["seq"]
+        kinds = _END_KINDS if header.get("end") else _KV_KINDS
+        for key, kind in kinds.items():
+            if type(header[key]) is not kind:
+                raise TypeError(f"{key} is {header[key]!r}, not of type {kind.__name__}")
+        sequence, digest = header["seq"], header["xxh3"]
         if header.get("end"):
-            frame: KvFrame | EndFrame = EndFrame(sequence, header["frames"], header["compute_s"])
-        else:
-            frame = KvFrame(sequence, header["layer"], header["start"], header["tokens"], payload)
+            return EndFrame(sequence, header["frames"], header["compute_s"]), digest
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataLoss(f"KV frame {expected_sequence}: unreadable header: {error!r}") from error
-    if sequence != expected_sequence:
-        raise DataLoss(f"KV frame {expected_sequence}: got frame {sequence} in its place")
-    if isinstance(frame, KvFrame):
-        if header.get("codec") != "raw":
-            raise DataLoss(f"KV frame {sequence}: unknown codec {header.get('codec')!r}")
-        if header.get("xxh3") != xxhash.xxh3_64_intdigest(payload):
-            raise DataLoss(f"KV frame {sequence}: payload does not match its digest")
-    return frame
+    if header["codec"] != "raw":
+        raise DataLoss(f"KV frame {sequence}: unknown codec {header['codec']!r}")
+    return KvFrame(sequence, header["layer"], header["start"], header["tokens"], payload), digest
+
+
+def _digest(values: tuple[int | float, ...], parts: Sequence[Buffer]) -> int:
+    """Of the payload and of what the header says about it: neither can change unseen."""
+    digest = xxhash.xxh3_64(repr(values).encode())
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()
 
 
 def _encode(header: bytes, parts: Sequence[Buffer]) -> bytes:

@@ -1,0 +1,160 @@
+"""The `colm` command: serve, generate, status, train, eval, demo."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from colm_serve.client import Client, Finished, Started, Token
+from colm_serve.cluster.launch import Cluster
+from colm_serve.config import ClusterConfig
+from colm_serve.demo import run_demo
+from colm_serve.errors import ColmError
+from colm_serve.training.config import TrainConfig
+from colm_serve.training.report import evaluate_folder
+from colm_serve.training.trainer import train as run_training
+
+app = typer.Typer(
+    help="Serve Chain-of-Language-Models from a prefill/decode disaggregated cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Address = Annotated[str, typer.Option(help="The router's gRPC address.")]
+
+
+@app.command()
+def serve(config: Annotated[Path, typer.Argument(help="A cluster's YAML file.")]) -> None:
+    """Run a cluster until Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    cluster_config = ClusterConfig.load(config)
+    with console.status("starting the cluster"):
+        cluster = Cluster(cluster_config)
+    with cluster:
+        console.print(f"serving [bold]{cluster_config.served_name}[/bold]")
+        console.print(f"  gRPC  {cluster.addresses.grpc}")
+        console.print(f"  HTTP  http://{cluster.addresses.http}/v1")
+        console.print("Ctrl-C stops it")
+        # Waking up now and then lets Python run the signal handler.
+        while not stop.wait(0.5):
+            pass
+        console.print("stopping")
+
+
+@app.command()
+def generate(
+    prompt: str,
+    address: Address = "127.0.0.1:50051",
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens to make.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 to 2; 0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal text.")] = None,
+    level: Annotated[int | None, typer.Option(help="Exactly this chain level.")] = None,
+    sla_class: Annotated[str, typer.Option(help="One of the cluster's SLA classes.")] = "",
+) -> None:
+    """Stream one continuation."""
+    with Client(address) as client:
+        events = client.generate(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            level=level,
+            sla_class=sla_class,
+        )
+        for event in events:
+            match event:
+                case Started():
+                    pass
+                case Token():
+                    print(event.text, end="", flush=True)
+                case Finished():
+                    print(event.text)
+                    usage, timings = event.usage, event.timings
+                    summary = (
+                        f"{event.reason.value}: {usage.num_prompt_tokens} prompt tokens "
+                        f"({usage.num_cached_tokens} cached, {usage.num_shipped_tokens} shipped), "
+                        f"{usage.num_output_tokens} made; first after {timings.ttft_s * 1e3:.0f} ms"
+                    )
+                    print(summary, file=sys.stderr)
+
+
+@app.command()
+def status(address: Address = "127.0.0.1:50051") -> None:
+    """Show a running cluster's workers."""
+    with Client(address) as client:
+        state = client.status()
+    table = Table(title=f"{state.model}: {state.num_levels} levels")
+    for column in ("worker", "address", "reachable", "running", "waiting", "free pages"):
+        table.add_column(column)
+    for worker in state.workers:
+        table.add_row(
+            worker.worker_id,
+            worker.address,
+            "yes" if worker.is_reachable else "[red]no[/red]",
+            str(worker.num_running),
+            str(worker.num_waiting),
+            f"{worker.num_free_pages} of {worker.num_pages}",
+        )
+    console.print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A training recipe's YAML file.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; an unfinished run is resumed.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Text files; default: the standard library's source.")
+    ] = None,
+) -> None:
+    """Train a CoLM; Ctrl-C keeps a checkpoint, and the same command goes on from it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    result = run_training(TrainConfig.load(recipe), out, data=data)
+    if result.model_folder is None:
+        console.print(f"stopped after {result.num_steps} steps; run it again to go on")
+        raise typer.Exit(130)
+    console.print(f"model written to {result.model_folder}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model folder that has its train.yaml.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Text files; default: the standard library's source.")
+    ] = None,
+) -> None:
+    """Print the held-out loss of every level."""
+    report = evaluate_folder(model, TrainConfig.load(model / "train.yaml"), data)
+    console.print(report.table())
+
+
+@app.command()
+def demo(
+    config: Annotated[Path, typer.Option(help="A cluster's YAML file.")] = Path(
+        "cluster_configs/demo.yaml"
+    ),
+) -> None:
+    """Start the bundled model's cluster, show what chain levels do, stop."""
+    logging.basicConfig(level=logging.ERROR)
+    run_demo(ClusterConfig.load(config), console)
+
+
+def main() -> None:
+    """Run the command; a ColmError ends it with its message and status 2."""
+    try:
+        app()
+    except ColmError as error:
+        console.print(f"[bold red]{type(error).__name__}[/bold red]: {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,182 @@
+"""What `make demo` shows: every level, chain-1 prefill, a level move, on a real cluster."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from colm_serve.client import Client, Finished, Started, Token
+from colm_serve.cluster.launch import Cluster
+from colm_serve.config import ClusterConfig
+from colm_serve.engine.loading import load_for_serving, make_pool
+from colm_serve.engine.prefill import PrefillChunk, run_prefill
+from colm_serve.model.checkpoint import LoadedModel
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.transformer import ColmModel
+from colm_serve.training.report import Report
+
+PROMPT = '''def read_lines(path):
+    """Return the lines of a text file without their line ends."""
+'''
+_LEVEL_STYLES = ("yellow", "cyan", "green", "magenta", "blue", "red")
+_MOVE_EVERY = 12
+
+
+@dataclass(frozen=True)
+class LevelRun:
+    """What one level made of the prompt."""
+
+    level: int
+    text: str
+    ttft_s: float
+    tokens_per_s: float
+
+
+def run_demo(config: ClusterConfig, console: Console) -> None:
+    """Start a cluster, show it, stop it.
+
+    Raises:
+        ColmError: the cluster does not start, or a request fails.
+    """
+    model = ColmConfig.load(config.model)
+    with console.status("starting Ray, a router, prefill and decode workers"):
+        cluster = Cluster(config)
+    with cluster, Client(cluster.addresses.grpc) as client:
+        show_cluster(client, console)
+        show_levels(client, config.model, model, console)
+        show_level_move(client, model, console)
+        with console.status("stopping the cluster"):
+            cluster.stop()
+    show_prefill(config.model, model, console)
+
+
+def show_cluster(client: Client, console: Console) -> None:
+    state = client.status()
+    workers = ", ".join(f"{worker.worker_id} at {worker.address}" for worker in state.workers)
+    console.print(f"[bold]{state.model}[/bold], {state.num_levels} chain levels: {workers}\n")
+
+
+def show_levels(client: Client, folder: Path, model: ColmConfig, console: Console) -> None:
+    """The same prompt at each level, one after another."""
+    losses = {row.level: row.heldout_loss for row in Report.load(folder).levels}
+    table = Table(title="One set of weights, one KV cache, every size")
+    for column in ("level", "active parameters", "TTFT ms", "tokens/s", "held-out loss"):
+        table.add_column(column, justify="right")
+    for _ in client.generate(prompt=PROMPT, max_tokens=4, temperature=0):
+        pass  # the first request also warms the connections up
+    for level in range(1, model.num_chains + 1):
+        console.print(f"[bold]level {level}[/bold]")
+        run = _run_level(client, level, console)
+        table.add_row(
+            str(level),
+            f"{model.num_params(level):,}",
+            f"{run.ttft_s * 1e3:.1f}",
+            f"{run.tokens_per_s:.0f}",
+            f"{losses[level]:.3f}",
+        )
+    console.print(table)
+
+
+def show_level_move(client: Client, model: ColmConfig, console: Console) -> None:
+    """One request that is moved up a level every few tokens; K and V are never recomputed."""
+    console.print("\n[bold]One request, moved between levels while it runs[/bold]", end=" ")
+    console.print(_legend(model.num_chains))
+    request_id = ""
+    num_tokens = 0
+    line = Text(PROMPT, style="dim")
+    with console.status("generating"):
+        for event in client.generate(
+            prompt=PROMPT, max_tokens=4 * _MOVE_EVERY * model.num_chains // 2,
+            temperature=0, level=1, ignore_eos=True,
+        ):  # fmt: skip
+            match event:
+                case Started():
+                    request_id = event.request_id
+                case Token():
+                    line.append(event.text, style=_style(event.level))
+                    num_tokens += 1
+                    if num_tokens % _MOVE_EVERY == 0:
+                        client.set_level(
+                            request_id, num_tokens // _MOVE_EVERY % model.num_chains + 1
+                        )
+                case Finished():
+                    line.append(event.text)
+    console.print(line)
+
+
+def show_prefill(folder: Path, model: ColmConfig, console: Console) -> None:
+    """The same long prompt's prefill: chain 1 against a dense model of the full width."""
+    num_tokens = min(2048, model.max_context)
+    tokens = [i % model.vocab_size for i in range(num_tokens)]
+    dense = replace(
+        model, chains=(1,), tie_embeddings=False, head="shared", kv_repeat="tile", vocab_size=1,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    with console.status("timing prefill"):
+        chain_1_s = _prefill_s(load_for_serving(folder, num_chains=1, with_head=False), tokens)
+        # Random weights: only the time is of interest. One token id stands for all.
+        full = LoadedModel(ColmModel(dense, with_head=False).requires_grad_(False), "")
+        dense_s = _prefill_s(full, [0] * num_tokens)
+    table = Table(title=f"\nPrefill of {num_tokens} tokens, one thread")
+    for column in ("model", "ms", "tokens/s", "speed-up"):
+        table.add_column(column, justify="right")
+    for name, seconds in (("dense, full width", dense_s), ("chain 1", chain_1_s)):
+        table.add_row(
+            name,
+            f"{seconds * 1e3:.0f}",
+            f"{num_tokens / seconds:,.0f}",
+            f"{dense_s / seconds:.1f}x",
+        )
+    console.print(table)
+
+
+def _run_level(client: Client, level: int, console: Console) -> LevelRun:
+    console.print(Text(PROMPT, style="dim"), end="")
+    text, times = "", []
+    ttft_s = 0.0
+    for event in client.generate(
+        prompt=PROMPT, max_tokens=48, temperature=0, level=level, ignore_eos=True
+    ):
+        match event:
+            case Token():
+                times.append(time.perf_counter())
+                text += event.text
+                console.print(Text(event.text, style=_style(level)), end="")
+            case Finished():
+                text += event.text
+                console.print(Text(event.text, style=_style(level)))
+                ttft_s = event.timings.ttft_s
+    gaps = [b - a for a, b in pairwise(times)]
+    return LevelRun(level, text, ttft_s, 1 / statistics.median(gaps))
+
+
+def _prefill_s(loaded: LoadedModel, tokens: list[int]) -> float:
+    page_size = 16
+    pool = make_pool(loaded, -(-len(tokens) // page_size), page_size)
+    chunk = PrefillChunk(tokens, 0, pool.table(range(pool.num_pages)))
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        run_prefill(loaded.model, pool, [chunk])
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+def _style(level: int) -> str:
+    return _LEVEL_STYLES[(level - 1) % len(_LEVEL_STYLES)]
+
+
+def _legend(num_levels: int) -> Text:
+    parts: Iterator[Text] = (
+        Text(f"level {level}", style=_style(level)) for level in range(1, num_levels + 1)
+    )
+    return Text("(") + Text(" ").join(parts) + Text(")")
