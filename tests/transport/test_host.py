@@ -1,0 +1,73 @@
+"""A service in a thread of its own: it starts, stops, and a failed start leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from colm_serve.errors import InvalidConfig
+from colm_serve.transport.host import ServiceThread
+
+
+class Recorder:
+    """A service that notes what is called, on which thread."""
+
+    def __init__(self, problem: Exception | None = None, *, hangs: bool = False) -> None:
+        self.calls: list[str] = []
+        self.threads: set[int] = set()
+        self._problem = problem
+        self._hangs = hangs
+
+    async def start(self) -> None:
+        self.threads.add(threading.get_ident())
+        self.calls.append("start")
+        if self._hangs:
+            await asyncio.Event().wait()
+        if self._problem is not None:
+            raise self._problem
+
+    async def stop(self, grace_s: float) -> None:
+        self.threads.add(threading.get_ident())
+        self.calls.append(f"stop {grace_s}")
+
+
+def service_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "service"}
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = service_threads()
+    yield
+    assert service_threads() <= before
+
+
+def test_a_service_runs_on_its_own_thread_until_it_is_stopped() -> None:
+    recorder = Recorder()
+    host = ServiceThread(recorder)
+    assert recorder.calls == ["start"]
+    host.stop(grace_s=0.5)
+    assert recorder.calls == ["start", "stop 0.5"]
+    assert len(recorder.threads) == 1
+    assert threading.get_ident() not in recorder.threads
+
+
+def test_stopping_twice_is_safe() -> None:
+    recorder = Recorder()
+    host = ServiceThread(recorder)
+    host.stop()
+    host.stop()
+    assert recorder.calls == ["start", "stop 2.0"]
+
+
+def test_a_failed_start_surfaces_and_ends_the_thread() -> None:
+    with pytest.raises(InvalidConfig, match="host"):
+        ServiceThread(Recorder(InvalidConfig("host", "x", "y")))
+
+
+def test_a_start_that_hangs_is_bounded_and_ends_the_thread() -> None:
+    with pytest.raises(TimeoutError):
+        ServiceThread(Recorder(hangs=True), start_timeout_s=0.1)

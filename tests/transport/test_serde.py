@@ -1,0 +1,179 @@
+"""What goes to protobuf comes back the same, over the wire's bytes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colm_serve.core import (
+    MAX_SEED,
+    Admitted,
+    Decoded,
+    DecodedToken,
+    DecodeEvent,
+    DecodeRequest,
+    DecodeStatus,
+    FinishReason,
+    KvLayout,
+    MoveLevel,
+    PrefillRequest,
+    PrefillStatus,
+    SamplingParams,
+    StageTimings,
+    StepCost,
+)
+from colm_serve.errors import InvalidArgument
+from colm_serve.proto.colm.v1 import common_pb2, decode_pb2, prefill_pb2
+from colm_serve.transport import serde
+
+uint32 = st.integers(0, 2**32 - 1)
+uint64 = st.integers(0, 2**64 - 1)
+seconds = st.floats(0, 1e9)
+tokens = st.lists(uint32, max_size=20).map(tuple)
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 2**31 - 1),
+    # The wire carries these as 32-bit floats.
+    temperature=st.floats(0, 2, width=32),
+    top_p=st.floats(0, 1, width=32, exclude_min=True),
+    top_k=st.integers(0, 2**31 - 1),
+    seed=st.integers(0, MAX_SEED),
+    ignore_eos=st.booleans(),
+)
+layouts = st.builds(KvLayout, uint32, uint32, uint32, st.text())
+timings = st.builds(StageTimings, seconds, seconds, seconds, seconds, seconds)
+decode_requests = st.builds(
+    DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(st.text()).map(tuple), st.text()
+)
+prefill_requests = st.builds(PrefillRequest, st.text(), tokens, uint32, st.text(), layouts)
+events: st.SearchStrategy[DecodeEvent] = st.one_of(
+    st.builds(Admitted, uint32),
+    st.builds(DecodedToken, uint32, uint32),
+    st.builds(Decoded, st.sampled_from(FinishReason), uint32, uint32, timings),
+)
+step_costs = st.builds(
+    StepCost, st.lists(seconds, max_size=4).map(tuple), st.lists(seconds, max_size=4).map(tuple)
+)
+decode_statuses = st.builds(
+    DecodeStatus, worker_id=st.text(), epoch=uint64, kv_identity=st.text(), num_levels=uint32,
+    max_rows=uint32, num_waiting=uint32, num_running=st.lists(uint32, max_size=4).map(tuple),
+    num_free_pages=uint32, num_pages=uint32, page_size=uint32, step_cost=step_costs,
+    prefill_tokens_per_s=seconds,
+)  # fmt: skip
+prefill_statuses = st.builds(
+    PrefillStatus, worker_id=st.text(), epoch=uint64, kv_identity=st.text(), num_running=uint32,
+    num_waiting=uint32, num_queued_tokens=uint32, tokens_per_s=seconds, num_free_pages=uint32,
+    num_pages=uint32,
+)  # fmt: skip
+
+
+@given(samplings)
+def test_sampling(sampling: SamplingParams) -> None:
+    message = common_pb2.SamplingParams.FromString(
+        serde.sampling_to_proto(sampling).SerializeToString()
+    )
+    assert serde.sampling_from_proto(message, max_tokens=1, seed=0) == sampling
+
+
+def test_absent_sampling_fields_take_their_defaults() -> None:
+    sampling = serde.sampling_from_proto(common_pb2.SamplingParams(), max_tokens=7, seed=9)
+    assert sampling == SamplingParams(max_tokens=7, seed=9)
+
+
+def test_a_temperature_of_zero_is_not_absent() -> None:
+    message = common_pb2.SamplingParams(temperature=0)
+    assert serde.sampling_from_proto(message, max_tokens=1, seed=0).temperature == 0
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+def test_finish_reasons(reason: FinishReason) -> None:
+    assert serde.finish_reason_from_proto(serde.finish_reason_to_proto(reason)) is reason
+
+
+@given(timings)
+def test_timings(value: StageTimings) -> None:
+    message = serde.timings_to_proto(value).SerializeToString()
+    assert serde.timings_from_proto(common_pb2.StageTimings.FromString(message)) == value
+
+
+@given(layouts)
+def test_layouts(layout: KvLayout) -> None:
+    message = serde.layout_to_proto(layout).SerializeToString()
+    assert serde.layout_from_proto(common_pb2.KvLayout.FromString(message)) == layout
+
+
+@given(decode_requests)
+def test_decode_requests(request: DecodeRequest) -> None:
+    message = serde.decode_start_to_proto(request).SerializeToString()
+    control = decode_pb2.DecodeControl.FromString(message)
+    assert serde.decode_start_from_proto(control) == request
+
+
+@given(uint32)
+def test_level_moves(level: int) -> None:
+    message = serde.move_level_to_proto(MoveLevel(level)).SerializeToString()
+    control = decode_pb2.DecodeControl.FromString(message)
+    assert serde.move_level_from_proto(control) == MoveLevel(level)
+
+
+@given(events)
+def test_decode_events(event: DecodeEvent) -> None:
+    message = serde.decode_event_to_proto(event).SerializeToString()
+    assert serde.decode_event_from_proto(decode_pb2.DecodeEvent.FromString(message)) == event
+
+
+@given(prefill_requests)
+def test_prefill_requests(request: PrefillRequest) -> None:
+    message = serde.prefill_request_to_proto(request).SerializeToString()
+    assert (
+        serde.prefill_request_from_proto(prefill_pb2.PrefillRequest.FromString(message)) == request
+    )
+
+
+@given(decode_statuses)
+def test_decode_statuses(status: DecodeStatus) -> None:
+    message = serde.decode_status_to_proto(status).SerializeToString()
+    assert serde.decode_status_from_proto(decode_pb2.DecodeStatus.FromString(message)) == status
+
+
+@given(prefill_statuses)
+def test_prefill_statuses(status: PrefillStatus) -> None:
+    message = serde.prefill_status_to_proto(status).SerializeToString()
+    assert serde.prefill_status_from_proto(prefill_pb2.PrefillStatus.FromString(message)) == status
+
+
+MOVE = serde.move_level_to_proto(MoveLevel(1))
+NO_SEED = decode_pb2.DecodeControl(
+    start=decode_pb2.DecodeStart(sampling=common_pb2.SamplingParams(max_tokens=1))
+)
+NO_MAX_TOKENS = decode_pb2.DecodeControl(
+    start=decode_pb2.DecodeStart(sampling=common_pb2.SamplingParams(seed=1))
+)
+
+
+@pytest.mark.parametrize(
+    ("control", "field"),
+    [
+        (decode_pb2.DecodeControl(), "control"),
+        (MOVE, "control"),
+        (NO_SEED, "sampling.seed"),
+        (NO_MAX_TOKENS, "sampling.max_tokens"),
+    ],
+)
+def test_a_start_that_lacks_something_names_it(
+    control: decode_pb2.DecodeControl, field: str
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        serde.decode_start_from_proto(control)
+    assert caught.value.field == field
+
+
+def test_a_second_start_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="start"):
+        serde.move_level_from_proto(NO_SEED)
+
+
+def test_an_empty_event_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="event"):
+        serde.decode_event_from_proto(decode_pb2.DecodeEvent())
