@@ -23,9 +23,9 @@ def chain_linear(
 ) -> Tensor:
     """Chain-of-Linear on the staircase of `num_rows`; see `kernels.staircase_linear`."""
     if _use_triton(x_TD):
-        from colm_serve.kernels import staircase_linear_triton
+        from colm_serve.kernels.staircase_linear_triton import staircase_linear as on_gpu
 
-        return staircase_linear_triton.staircase_linear(x_TD, weights, num_rows, biases)
+        return on_gpu(x_TD, weights, num_rows, biases)
     return staircase_linear.staircase_linear(x_TD, weights, num_rows, biases)
 
 
@@ -34,7 +34,7 @@ def chain_rms_norm(
 ) -> Tensor:
     """Per-chain RMSNorm on the staircase of `num_rows`; see `kernels.rms_norm`."""
     if _use_triton(x_TD):
-        from colm_serve.kernels import rms_norm_triton
+        from colm_serve.kernels.rms_norm_triton import chain_rms_norm as on_gpu
 
-        return rms_norm_triton.chain_rms_norm(x_TD, weights, num_rows, eps)
+        return on_gpu(x_TD, weights, num_rows, eps)
     return rms_norm.chain_rms_norm(x_TD, weights, num_rows, eps)

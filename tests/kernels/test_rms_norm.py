@@ -1,0 +1,77 @@
+"""Per-chain RMSNorm: the reference against its definition, the kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from colm_serve.kernels import rms_norm, rms_norm_triton
+
+DIMS = (24, 16, 64)
+ROWS = [(5, 5, 5), (5, 3, 0), (1, 1, 1), (7, 2), (6,)]
+EPS = 1e-5
+
+
+def make_case(
+    rows: tuple[int, ...], dtype: torch.dtype, dims: tuple[int, ...] = DIMS
+) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(sum(rows))
+    x = torch.randn(rows[0], sum(dims)).mul(3).to(dtype)
+    return x, [torch.randn(d).to(dtype) for d in dims]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_reference_normalises_each_chain_by_itself(rows: tuple[int, ...]) -> None:
+    x, weights = make_case(rows, torch.float32)
+    y = rms_norm.chain_rms_norm(x, weights, rows, EPS)
+    start = 0
+    for weight, count in zip(weights, rows, strict=False):
+        columns = slice(start, start := start + len(weight))
+        expected = torch.nn.functional.rms_norm(x[:count, columns], weight.shape, weight, EPS)
+        torch.testing.assert_close(y[:count, columns], expected)
+        assert not y[count:, columns].any()
+
+
+def test_gradients_are_those_of_torch() -> None:
+    x, weights = make_case((3, 3, 3), torch.float32)
+    for tensor in (x, *weights):
+        tensor.requires_grad_()
+    factors = torch.randn(3, sum(DIMS))
+    (rms_norm.chain_rms_norm(x, weights, (3, 3, 3), EPS) * factors).sum().backward()
+    ours = [tensor.grad for tensor in (x, *weights)]
+    for tensor in (x, *weights):
+        tensor.grad = None
+    parts = zip(x.split(DIMS, dim=1), weights, strict=True)
+    y = torch.cat([torch.nn.functional.rms_norm(p, w.shape, w, EPS) for p, w in parts], dim=1)
+    (y * factors).sum().backward()
+    for mine, tensor in zip(ours, (x, *weights), strict=True):
+        torch.testing.assert_close(mine, tensor.grad)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+def test_kernel_equals_reference(
+    rows: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    check_kernel(*make_case(rows, dtype), rows, tolerance)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_kernel_equals_reference_for_any_staircase(data: st.DataObject) -> None:
+    num_chains = data.draw(st.integers(1, 4))
+    dims = data.draw(st.tuples(*[st.integers(1, 100)] * num_chains))
+    counts = data.draw(st.lists(st.integers(0, 6), min_size=num_chains, max_size=num_chains))
+    rows = tuple(sorted(counts, reverse=True))
+    check_kernel(*make_case(rows, torch.float32, dims), rows, 1e-6)
+
+
+def check_kernel(x: Tensor, weights: list[Tensor], rows: tuple[int, ...], tolerance: float) -> None:
+    width = sum(len(w) for w in weights[: len(rows)])
+    poisoned = torch.full((rows[0], width), float("nan"), dtype=x.dtype)
+    y = rms_norm_triton.chain_rms_norm(x, weights, rows, EPS, out=poisoned).float()
+    expected = rms_norm.chain_rms_norm(x.float(), [w.float() for w in weights], rows, EPS)
+    assert (y - expected).norm() <= tolerance * expected.norm()
