@@ -168,7 +168,10 @@ class DecodeClient:
 class PrefillClient:
     """Calls one prefill worker."""
 
-    def __init__(self, channel: grpc.aio.Channel, kv_identity: str, layout: KvLayout) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, address: str, kv_identity: str, layout: KvLayout
+    ) -> None:
+        self.address = address
         self._prefill: grpc.aio.UnaryStreamMultiCallable[Any, bytes] = channel.unary_stream(
             "/colm.v1.PrefillService/Prefill",
             request_serializer=prefill_pb2.PrefillRequest.SerializeToString,
@@ -232,4 +235,4 @@ async def prefill_client(
     address: str, kv_identity: str, layout: KvLayout, tls: TlsConfig | None = None
 ) -> AsyncIterator[PrefillClient]:
     async with connect(address, tls) as channel:
-        yield PrefillClient(channel, kv_identity, layout)
+        yield PrefillClient(channel, address, kv_identity, layout)

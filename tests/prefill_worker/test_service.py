@@ -1,0 +1,256 @@
+"""A prefill worker over real gRPC: what it sends, refuses, and gives back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+import torch
+
+from colm_serve.core import KvLayout, PrefillRequest
+from colm_serve.engine.loading import load_for_serving
+from colm_serve.errors import (
+    ColmError,
+    DeadlineExceeded,
+    Incompatible,
+    InvalidArgument,
+    ResourceExhausted,
+)
+from colm_serve.kv.pool import KvPool
+from colm_serve.model.transformer import ChainBlock
+from colm_serve.prefill_worker.scheduler import PrefillJob
+from colm_serve.prefill_worker.worker import PrefillWorker
+from colm_serve.transport import kv_frames
+from colm_serve.transport.status import RETRY_AFTER_KEY, from_rpc_error
+from tests.engine.paged import kv_of_whole_model
+from tests.helpers import TINY, make_model_folder, make_prompt, prefill_service
+from tests.worker_clients import PrefillClient, eventually, prefill_client
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path, before_block: Callable[[], object] | None = None, **changes: Any
+) -> AsyncIterator[tuple[PrefillClient, PrefillWorker]]:
+    """A worker and a client of it."""
+    with prefill_service(folder, before_block=before_block, **changes) as (service, worker):
+        identity = worker.status().kv_identity
+        async with prefill_client(service.address, identity, worker.layout) as client:
+            yield client, worker
+
+
+def assemble(frames: list[kv_frames.KvFrame], layout: KvLayout, num_tokens: int) -> KvPool:
+    """Put frames into a pool of one page."""
+    pool = KvPool(layout, 1, num_tokens)
+    for frame in frames:
+        pool.write_bytes(
+            frame.layer, pool.table([0]), frame.start, frame.num_tokens, memoryview(frame.payload)
+        )
+    return pool
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 128])
+@pytest.mark.parametrize("ship_from", [0, 5, 29])
+async def test_frames_hold_every_layers_kv_from_ship_from_on(
+    folder: Path, chunk_tokens: int, ship_from: int
+) -> None:
+    prompt = make_prompt(30)
+    async with serving(folder, chunk_tokens=chunk_tokens) as (client, worker):
+        frames, end = await client.frames(client.request(prompt, ship_from))
+        await eventually(client.is_idle, "pages come back once everything is sent")
+        assert worker.num_computed_tokens == 30
+    assert end.num_frames == len(frames)
+    assert end.compute_s > 0
+    for layer in range(TINY.num_layers):
+        spans = [(f.start, f.start + f.num_tokens) for f in frames if f.layer == layer]
+        assert spans[0][0] == ship_from
+        assert spans[-1][1] == 30
+        assert all(left[1] == right[0] for left, right in pairwise(spans))
+    pool = assemble(frames, client.layout, 30)
+    for layer, (k, v) in kv_of_whole_model(folder, prompt, level=3).items():
+        k_read, v_read = pool.read(layer, pool.table([0]), ship_from, 30)
+        torch.testing.assert_close(k_read, k[ship_from:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(v_read, v[ship_from:], rtol=1e-4, atol=1e-5)
+
+
+async def test_layers_are_sent_while_later_ones_are_computed(folder: Path) -> None:
+    """The first layer's frame is here although the second block is not let run."""
+    gate = threading.Event()
+    blocks_run = []
+
+    def hold_second_block() -> None:
+        blocks_run.append(1)
+        if len(blocks_run) == 2:
+            assert gate.wait(30)
+
+    async with serving(folder, before_block=hold_second_block) as (client, _):
+        call = client.open(client.request(make_prompt(20)))
+        first = await call.read()
+        assert isinstance(first, bytes)
+        frame = kv_frames.decode(first, 0)
+        assert isinstance(frame, kv_frames.KvFrame)
+        assert (frame.layer, frame.num_tokens) == (0, 20)
+        assert not gate.is_set()
+        gate.set()
+        assert await read_all(call) == TINY.num_layers, "the other layers' frames and the end"
+
+
+async def test_the_last_layer_stops_after_keys_and_values(folder: Path) -> None:
+    loaded = load_for_serving(folder, num_chains=1, with_head=False)
+    assert loaded.model.num_chains == 1
+    assert loaded.model.head is None
+    num_blocks = []
+    async with serving(folder, before_block=lambda: num_blocks.append(1)) as (client, _):
+        frames, _ = await client.frames(client.request(make_prompt(10)))
+    assert {frame.layer for frame in frames} == set(range(TINY.num_layers))
+    assert len(num_blocks) == TINY.num_layers - 1, "the last block's attention was computed"
+    assert isinstance(loaded.model.blocks[-1], ChainBlock)
+
+
+async def test_large_layers_are_sent_in_several_frames(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(folder) as (client, worker):
+        per_frame = 8 * worker.pool.num_bytes_per_token
+        monkeypatch.setattr("colm_serve.prefill_worker.service.FRAME_BYTES", per_frame)
+        frames, _ = await client.frames(client.request(make_prompt(20)))
+    assert [f.num_tokens for f in frames] == [8, 8, 4] * TINY.num_layers
+
+
+REFUSALS: list[tuple[str, Callable[[PrefillRequest], PrefillRequest], type[ColmError]]] = [
+    ("kv_identity", lambda r: replace(r, kv_identity="other weights"), Incompatible),
+    ("layout", lambda r: replace(r, layout=replace(r.layout, dtype="float16")), Incompatible),
+    ("layout", lambda r: replace(r, layout=replace(r.layout, num_layers=9)), Incompatible),
+    ("token_ids", lambda r: replace(r, tokens=()), InvalidArgument),
+    ("token_ids", lambda r: replace(r, tokens=(TINY.vocab_size,)), InvalidArgument),
+    ("token_ids", lambda r: replace(r, tokens=(2**32 - 1,)), InvalidArgument),
+    ("token_ids", lambda r: replace(r, tokens=(0,) * (TINY.max_context + 1)), InvalidArgument),
+    ("ship_from", lambda r: replace(r, ship_from=20), InvalidArgument),
+    ("ship_from", lambda r: replace(r, ship_from=2**32 - 1), InvalidArgument),
+]
+
+
+async def test_what_can_not_work_is_refused_before_any_compute(folder: Path) -> None:
+    async with serving(folder) as (client, worker):
+        for named, change, kind in REFUSALS:
+            with pytest.raises(kind, match=named) as caught:
+                await client.messages(change(client.request(make_prompt(20))))
+            if isinstance(caught.value, InvalidArgument):
+                assert caught.value.field == named
+        assert worker.num_computed_tokens == 0
+        assert await client.is_idle()
+        await client.frames(client.request(make_prompt(20)))
+
+
+async def test_a_worker_with_other_weights_refuses_ours(folder: Path, tmp_path: Path) -> None:
+    other = make_model_folder(tmp_path / "other", seed=1)
+    async with serving(other) as (client, worker):
+        with prefill_service(folder) as (_, ours):
+            client.kv_identity = ours.status().kv_identity
+        call = client.open(client.request(make_prompt(20)))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert worker.num_computed_tokens == 0
+
+
+async def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
+    gate = threading.Event()
+    async with serving(folder, before_block=lambda: gate.wait(30), kv_tokens=32, max_queued=1) as (
+        client,
+        _,
+    ):
+        request = client.request(make_prompt(32))
+        running = asyncio.create_task(client.frames(request))
+        waiting = asyncio.create_task(client.frames(request))
+        await eventually(lambda: _has(client, num_running=1, num_waiting=1), "both are queued")
+        refused = client.open(request)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await refused.read()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert int(dict(caught.value.trailing_metadata())[RETRY_AFTER_KEY]) > 0
+        assert isinstance(from_rpc_error(caught.value), ResourceExhausted)
+        gate.set()
+        await asyncio.gather(running, waiting)
+
+
+async def _has(client: PrefillClient, num_running: int, num_waiting: int) -> bool:
+    status = await client.status()
+    return (status.num_running, status.num_waiting) == (num_running, num_waiting)
+
+
+async def test_concurrent_prompts_get_each_their_own_kv(folder: Path) -> None:
+    prompts = [make_prompt(n, seed=n) for n in (90, 3, 41, 64)]
+    async with serving(folder, chunk_tokens=32) as (client, _):
+        results = await asyncio.gather(*(client.frames(client.request(p)) for p in prompts))
+    for prompt, (frames, _) in zip(prompts, results, strict=True):
+        pool = assemble(frames, client.layout, len(prompt))
+        for layer, (k, _v) in kv_of_whole_model(folder, prompt, level=1).items():
+            k_read, _ = pool.read(layer, pool.table([0]), 0, len(prompt))
+            torch.testing.assert_close(k_read, k, rtol=1e-4, atol=1e-5)
+
+
+async def test_cancelling_mid_prompt_stops_the_compute_and_frees_the_pages(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Semaphore(0)
+    async with serving(folder, before_block=lambda: gate.acquire(timeout=30), chunk_tokens=16) as (
+        client,
+        worker,
+    ):
+        heard = threading.Event()
+        finish = worker.finish
+
+        def finish_and_tell(job: PrefillJob) -> None:
+            finish(job)
+            heard.set()
+
+        monkeypatch.setattr(worker, "finish", finish_and_tell)
+        call = client.open(client.request(make_prompt(1600)))
+        # Enough for the first of a hundred chunks; the second is held before its first block.
+        gate.release(TINY.num_layers - 1)
+        assert isinstance(await call.read(), bytes)
+        call.cancel()
+        await eventually(heard.is_set, "the worker hears of the cancel")
+        gate.release(1000)
+        await eventually(client.is_idle, "pages come back")
+        num_computed = worker.num_computed_tokens
+        assert num_computed <= 16, "it went on computing"
+        # Another prompt in between would have shown further chunks of the first.
+        await client.frames(client.request(make_prompt(16)))
+        assert worker.num_computed_tokens == num_computed + 16
+
+
+async def test_a_stalled_receiver_blocks_nobody_and_is_cut(tmp_path: Path) -> None:
+    """Its KV is larger than every buffer on the way, and it reads none of it."""
+    wide = replace(TINY, num_layers=8, num_heads=32, num_kv_heads=8, head_dim=32)
+    folder = make_model_folder(tmp_path / "wide", wide)
+    async with serving(folder, kv_tokens=8192, chunk_tokens=512, stall_timeout_s=2.5) as (
+        client,
+        _,
+    ):
+        stalled = client.open(client.request(make_prompt(2048, wide)))
+        async with prefill_client(client.address, client.kv_identity, client.layout) as other:
+            frames, _end = await other.frames(other.request(make_prompt(40, wide)))
+            assert frames
+            assert not await other.is_idle(), "the stalled request is to be there still"
+            await eventually(other.is_idle, "the stalled request's pages come back")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(stalled)
+        assert isinstance(from_rpc_error(caught.value), DeadlineExceeded)
+
+
+async def read_all(call: grpc.aio.UnaryStreamCall[Any, bytes]) -> int:
+    """How many messages were left."""
+    num_messages = 0
+    while isinstance(await call.read(), bytes):
+        num_messages += 1
+    return num_messages
