@@ -8,6 +8,7 @@ from colm_serve.errors import ColmError
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.request import Finished, GenerationEvent, Started, Token
+from colm_serve.transport.status import status_code
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,7 +41,7 @@ class Metrics:
         self._tokens = counter("generation_tokens", "Tokens sent, by chain level.", "level")
         self._level = counter("request_level", "Requests started, by chain level.", "level")
         self._success = counter("request_success", "Finished requests.", "finished_reason")
-        self._errors = counter("request_errors", "Failed requests, by kind.", "code")
+        self._errors = counter("request_errors", "Failed requests, by gRPC status.", "code")
         self._retries = counter("request_failovers", "Attempts that another one followed.")
         self._moves = counter("level_moves", "Level changes asked for by clients.")
         worker = ("kind", "worker")
@@ -68,7 +69,7 @@ class Metrics:
                 self._e2e.observe(lifecycle.between_s(Stage.RECEIVED, Stage.FINISHED) or 0.0)
 
     def failed(self, error: ColmError) -> None:
-        self._errors.labels(type(error).__name__).inc()
+        self._errors.labels(status_code(error).name).inc()
 
     def failed_over(self) -> None:
         self._retries.inc()

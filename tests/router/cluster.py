@@ -95,10 +95,14 @@ class ScriptedCluster:
 
     async def join(self, members: Sequence[Member]) -> None:
         """Tell the router who is there, as the controller does, and wait until they answer."""
+        await self.join_some(members, expected=members)
+
+    async def join_some(self, members: Sequence[Member], expected: Sequence[Member]) -> None:
+        """Tell the router who is there; wait until it uses those that are expected."""
         self.version += 1
         self.service.update_membership(Membership(self.version, tuple(members)))
         await self.until(
-            lambda: [r.member for r in self.router.view.records if r.is_reachable] == list(members)
+            lambda: [r.member for r in self.router.view.records if r.is_reachable] == list(expected)
         )
 
     async def until(self, holds: Callable[[], bool]) -> None:

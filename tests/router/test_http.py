@@ -205,7 +205,7 @@ async def test_models_health_and_metrics(tmp_path: Path) -> None:
             "colm:prompt_tokens_total 3.0",
             'colm:generation_tokens_total{level="2"} 4.0',
             'colm:request_success_total{finished_reason="length"} 1.0',
-            'colm:request_errors_total{code="InvalidArgument"} 1.0',
+            'colm:request_errors_total{code="INVALID_ARGUMENT"} 1.0',
             'colm:request_level_total{level="2"} 1.0',
             'colm:kv_cache_usage_perc{kind="decode",worker="d0"} 0.0',
             'colm:worker_reachable{kind="decode",worker="d0"} 1.0',

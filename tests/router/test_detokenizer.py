@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models
+
+from colm_serve.router.detokenizer import REPLACEMENT, Detokenizer, Piece, StopMatcher
+from tests.router.cluster import trained_tokenizer
+from tests.router.scripted import VOCAB_SIZE
+
+TEXTS = st.text(alphabet=st.sampled_from("ab cdé東🙂\n\ufffd"), max_size=30)
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    return trained_tokenizer().decode(list(token_ids), skip_special_tokens=True)
+
+
+def byte_fallback() -> HfTokenizer:
+    """A decoder in the manner of Llama 2: bytes as tokens, words with a leading space mark."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocab |= {"▁hi": 256, "▁you": 257, "x": 258}
+    tokenizer = HfTokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def pieces(detokenizer: Detokenizer, token_ids: Sequence[int]) -> list[Piece]:
+    """Every piece up to the stop, or with the last flush."""
+    got: list[Piece] = []
+    for token_id in token_ids:
+        got.append(detokenizer.push(token_id))
+        if got[-1].is_stop:
+            return got
+    return [*got, detokenizer.flush()]
+
+
+@given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40))
+def test_the_pieces_are_the_whole_text(token_ids: list[int]) -> None:
+    got = pieces(Detokenizer(decode), token_ids)
+    assert "".join(piece.text for piece in got) == decode(token_ids)
+
+
+@given(
+    st.lists(st.sampled_from([[256], [257], [258], *(list(c.encode()) for c in "é東🙂\ufffda")]))
+)
+def test_the_pieces_are_the_whole_text_of_a_byte_fallback_decoder(parts: list[list[int]]) -> None:
+    token_ids = [token_id for part in parts for token_id in part]
+    tokenizer = byte_fallback()
+    got = pieces(Detokenizer(lambda ids: tokenizer.decode(list(ids))), token_ids)
+    assert "".join(piece.text for piece in got) == tokenizer.decode(token_ids)
+
+
+@given(TEXTS)
+def test_no_replacement_character_that_is_not_in_the_text(text: str) -> None:
+    token_ids = trained_tokenizer().encode(text).ids
+    got = pieces(Detokenizer(decode), token_ids)
+    assert "".join(piece.text for piece in got) == text
+    if REPLACEMENT not in text:
+        assert not any(REPLACEMENT in piece.text for piece in got)
+
+
+def test_a_character_of_several_tokens_comes_whole() -> None:
+    token_ids = trained_tokenizer().encode("🦜").ids
+    assert len(token_ids) > 1
+    got = pieces(Detokenizer(decode), token_ids)
+    assert [piece.text for piece in got if piece.text] == ["🦜"]
+
+
+def test_ordinary_text_is_not_held_back() -> None:
+    token_ids = trained_tokenizer().encode("def add(first").ids
+    detokenizer = Detokenizer(decode)
+    assert all(detokenizer.push(token_id).text for token_id in token_ids)
+
+
+def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the stop string that is complete first; the plain definition."""
+    for end in range(len(text) + 1):
+        starts = [end - len(s) for s in stop if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+@given(
+    st.text(alphabet="abc", max_size=20),
+    st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 20), max_size=6),
+)
+@settings(max_examples=300)
+def test_stop_strings_however_the_text_is_cut(text: str, stop: list[str], cuts: list[int]) -> None:
+    matcher = StopMatcher(stop)
+    bounds = [0, *sorted(cuts), len(text)]
+    got, is_stop = "", False
+    for begin, end in pairwise(bounds):
+        piece = matcher.push(text[begin:end])
+        got += piece.text
+        if piece.is_stop:
+            is_stop = True
+            break
+    else:
+        got += matcher.flush()
+    assert (got, is_stop) == cut_at(text, stop)
+
+
+def test_a_possible_stop_string_is_held_back_no_longer_than_needed() -> None:
+    matcher = StopMatcher(["END", "\n\n"])
+    assert matcher.push("word E") == Piece("word ")
+    assert matcher.push("N") == Piece("")
+    assert matcher.push("T\n") == Piece("ENT")
+    assert matcher.push("x") == Piece("\nx")
+    assert matcher.push("END") == Piece("", is_stop=True)
+
+
+def test_a_stop_string_in_what_was_held_back_to_the_last_counts() -> None:
+    token_ids = trained_tokenizer().encode("a🦜").ids[:-1]
+    got = pieces(Detokenizer(decode, [REPLACEMENT]), token_ids)
+    assert got[-1] == Piece("", is_stop=True)
+
+
+def test_without_a_tokenizer_there_is_no_text() -> None:
+    assert pieces(Detokenizer(None), [1, 2]) == [Piece("")] * 3

@@ -1,0 +1,206 @@
+"""The gRPC API at its edges: bad input, health, reflection, status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from colm_serve.config import RouterConfig, SlaClass
+from colm_serve.errors import InvalidArgument
+from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
+from colm_serve.router.request import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
+from colm_serve.router.validation import DEFAULT_MAX_TOKENS, Validator
+from colm_serve.transport.channel import connect
+from tests.router.cluster import MAX_CONTEXT, MODEL, model_facts, scripted_cluster
+from tests.router.scripted import Script
+
+GENERATE = "/colm.v1.GenerationService/Generate"
+
+
+def text(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "x", **fields}
+
+
+def sampled(**fields: Any) -> dict[str, Any]:
+    return text(sampling=fields)
+
+
+BAD: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
+    ({}, grpc.StatusCode.INVALID_ARGUMENT, "input"),
+    ({"prompt": ""}, grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+    ({"prompt_token_ids": {"ids": []}}, grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+    ({"prompt_token_ids": {"ids": [4, 300]}}, grpc.StatusCode.INVALID_ARGUMENT, "prompt[1]"),
+    ({"prompt_token_ids": {"ids": [4] * 128}}, grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+    ({"chat": {"messages": []}}, grpc.StatusCode.INVALID_ARGUMENT, "messages"),
+    (
+        {"chat": {"messages": [{"role": "tool", "content": "x"}]}},
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "messages[0].role",
+    ),
+    (text(model="gpt-9"), grpc.StatusCode.NOT_FOUND, "model"),
+    (text(sla_class="gold"), grpc.StatusCode.INVALID_ARGUMENT, "sla_class"),
+    (text(level=0), grpc.StatusCode.INVALID_ARGUMENT, "level"),
+    (text(level=4), grpc.StatusCode.INVALID_ARGUMENT, "level"),
+    (text(min_level=-1), grpc.StatusCode.INVALID_ARGUMENT, "min_level"),
+    (text(max_level=9), grpc.StatusCode.INVALID_ARGUMENT, "max_level"),
+    (text(min_level=3, max_level=1), grpc.StatusCode.INVALID_ARGUMENT, "min_level"),
+    (text(level=1, max_level=2), grpc.StatusCode.INVALID_ARGUMENT, "level"),
+    (text(stop=[""]), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
+    (text(stop=["x"] * 17), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
+    (sampled(temperature=2.1), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
+    (sampled(temperature=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
+    (sampled(top_p=0.0), grpc.StatusCode.INVALID_ARGUMENT, "top_p"),
+    (sampled(top_k=-1), grpc.StatusCode.INVALID_ARGUMENT, "top_k"),
+    (sampled(max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+    (sampled(max_tokens=128), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+]
+
+
+async def test_bad_requests_name_the_field(tmp_path: Path) -> None:
+    async with (
+        scripted_cluster(tmp_path) as cluster,
+        connect(cluster.service.grpc_address, None) as c,
+    ):
+        stub: Any = generation_pb2_grpc.GenerationServiceStub(c)
+        for fields, code, field in BAD:
+            call = stub.Generate(generation_pb2.GenerateRequest(**fields), timeout=5)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call.read()
+            assert error.value.code() is code, fields
+            assert (error.value.details() or "").startswith(field), error.value.details()
+            assert dict(error.value.trailing_metadata())["colm-field"] == field
+        assert cluster.worker.requests == []
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x12\x02\xff\xfe"])
+async def test_bytes_that_are_no_request(tmp_path: Path, raw: bytes) -> None:
+    async with (
+        scripted_cluster(tmp_path) as cluster,
+        connect(cluster.service.grpc_address, None) as c,
+    ):
+        generate: Any = c.unary_stream(GENERATE)
+        call = generate(raw, timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call.read()
+        # grpc.aio's own answer to what it cannot parse.
+        assert error.value.code() is grpc.StatusCode.UNKNOWN
+        assert cluster.router.num_running == 0
+
+
+async def test_set_level_refuses_what_is_not_there(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path, script=Script(hold_after=0)) as cluster:
+        with pytest.raises(InvalidArgument, match="request_id"):
+            await cluster.client.set_level("nobody", 1)
+        events = cluster.client.generate(token_ids=[5])
+        started: Any = await anext(events)
+        with pytest.raises(InvalidArgument, match="level: 4"):
+            await cluster.client.set_level(started.request_id, 4)
+        await events.aclose()
+
+
+async def test_health_and_reflection(tmp_path: Path) -> None:
+    async with (
+        scripted_cluster(tmp_path) as cluster,
+        connect(cluster.service.grpc_address, None) as c,
+    ):
+        health: Any = health_pb2_grpc.HealthStub(c)
+        answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(c)
+        call = stub.ServerReflectionInfo(timeout=5)
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        await call.done_writing()
+        response = await call.read()
+        names = {service.name for service in response.list_services_response.service}
+        assert "colm.v1.GenerationService" in names
+
+
+async def test_cluster_status(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path, num_decode=2) as cluster:
+        await cluster.workers[1].stop()
+        await cluster.until(lambda: len(cluster.router.view.snapshot().decode) == 1)
+        status = await cluster.client.status()
+        assert (status.model, status.num_levels, status.membership_version) == (MODEL, 3, 1)
+        reachable = {w.worker_id: w.is_reachable for w in status.workers}
+        assert reachable == {"d0": True, "d1": False}
+        assert status.workers[0].num_free_pages == 64
+        assert status.workers[0].address == cluster.worker.member.address
+
+
+async def test_without_a_tokenizer_token_ids_are_served(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path, has_tokenizer=False) as cluster:
+        events = [e async for e in cluster.client.generate(token_ids=[5, 6], max_tokens=2)]
+        assert len(events) == 4
+        for options in ({"prompt": "x"}, {"messages": [{"role": "user", "content": "x"}]}):
+            with pytest.raises(InvalidArgument, match="no tokenizer"):
+                await anext(cluster.client.generate(**options))
+        with pytest.raises(InvalidArgument, match="stop"):
+            await anext(cluster.client.generate(token_ids=[5], stop="x"))
+
+
+async def test_sla_classes_bound_the_level(tmp_path: Path) -> None:
+    sla = {
+        "default": SlaClass(),
+        "cheap": SlaClass(max_level=2),
+        "fast": SlaClass(tpot_ms=15),
+    }
+    async with scripted_cluster(tmp_path, sla_classes=sla) as cluster:
+        levels = []
+        for name in ("default", "cheap", "fast"):
+            stream = cluster.client.generate(token_ids=[5], max_tokens=1, sla_class=name)
+            events: list[Any] = [e async for e in stream]
+            levels.append(events[0].level)
+        assert levels == [3, 2, 1]
+        with pytest.raises(InvalidArgument, match="1 to 2"):
+            await anext(cluster.client.generate(token_ids=[5], sla_class="cheap", level=3))
+
+
+async def test_too_many_at_once(tmp_path: Path) -> None:
+    router = RouterConfig(status_interval_s=0.02, max_concurrent=1)
+    script = Script(hold_after=0)
+    async with scripted_cluster(tmp_path, script=script, router=router) as cluster:
+        first = cluster.client.generate(token_ids=[5])
+        await anext(first)
+        stub: Any = generation_pb2_grpc.GenerationServiceStub(
+            connect(cluster.service.grpc_address, None)
+        )
+        call = stub.Generate(generation_pb2.GenerateRequest(**text()), timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call.read()
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert int(dict(error.value.trailing_metadata())["colm-retry-after-ms"]) > 0
+        await first.aclose()
+
+
+def validator() -> Validator:
+    return Validator(model_facts(), None, {"default": SlaClass()}, "default")
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "expected"), [(1, MAX_CONTEXT - 1), (MAX_CONTEXT - 1, 1), (100, 28)]
+)
+async def test_max_tokens_is_by_default_what_the_context_leaves(
+    num_prompt: int, expected: int
+) -> None:
+    checked = await validator().check(GenerationRequest(TokenPrompt((5,) * num_prompt)))
+    assert checked.sampling.max_tokens == min(expected, DEFAULT_MAX_TOKENS)
+
+
+async def test_seeds_are_drawn_when_not_given() -> None:
+    requests = [GenerationRequest(TokenPrompt((5,))) for _ in range(2)]
+    first, second = [(await validator().check(r)).sampling.seed for r in requests]
+    assert first != second
+    given = GenerationRequest(TokenPrompt((5,)), seed=0)
+    assert (await validator().check(given)).sampling.seed == 0
+
+
+@pytest.mark.parametrize("prompt", [TextPrompt("x"), ChatPrompt(())])
+async def test_no_tokenizer_is_said_before_anything_else(prompt: Any) -> None:
+    with pytest.raises(InvalidArgument, match="no tokenizer"):
+        await validator().check(GenerationRequest(prompt))
