@@ -156,5 +156,5 @@ def main() -> None:
     try:
         app()
     except ColmError as error:
-        console.print(f"[bold red]{type(error).__name__}[/bold red]: {error}", highlight=False)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -57,6 +57,9 @@ class WorkerConfig(_Frozen):
     num_threads: Count = 1
     kv_tokens: Count = 16384
     page_size: Count = 16
+    max_request_s: Seconds = Field(
+        default=3600.0, description="ends a call whose caller set no deadline, or a longer one"
+    )
     host: str = "127.0.0.1"
 
     @property

@@ -13,7 +13,7 @@ from colm_serve.config import DecodeConfig, TlsConfig
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.session import DecodeSession
 from colm_serve.decode_worker.worker import DecodeWorker
-from colm_serve.errors import ColmError, InvalidArgument
+from colm_serve.errors import ColmError, DeadlineExceeded, InvalidArgument
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc
 from colm_serve.transport import serde
 from colm_serve.transport.channel import ChannelCache, bind, make_server
@@ -65,12 +65,16 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     async def Decode(self, request_iterator: _Controls, context: _Context) -> None:
         controls: asyncio.Task[None] | None = None
         try:
-            session = await self._open(request_iterator)
-            async with aclosing(session.events()) as events:
-                async for event in events:
-                    await context.write(serde.decode_event_to_proto(event))
-                    if controls is None:
-                        controls = asyncio.create_task(self._obey(request_iterator, session))
+            async with asyncio.timeout(self._config.max_request_s):
+                session = await self._open(request_iterator)
+                async with aclosing(session.events()) as events:
+                    async for event in events:
+                        await context.write(serde.decode_event_to_proto(event))
+                        if controls is None:
+                            controls = asyncio.create_task(self._obey(request_iterator, session))
+        except TimeoutError:
+            late = DeadlineExceeded(f"not done within max_request_s: {self._config.max_request_s}")
+            await abort(context, late)
         except ColmError as error:
             await abort(context, error)
         finally:

@@ -80,18 +80,24 @@ class PrefillService:
     async def _prefill(self, message: prefill_pb2.PrefillRequest, context: _Context) -> None:
         try:
             request = serde.prefill_request_from_proto(message)
-            async with aclosing(self._frames(request)) as frames:
-                async for frame in frames:
-                    # Flow control holds a write back while the receiver is slow; its KV waits
-                    # in the job's pages, and nobody else waits.
-                    await asyncio.wait_for(context.write(frame), self._config.stall_timeout_s)
+            async with asyncio.timeout(self._config.max_request_s):
+                async with aclosing(self._frames(request)) as frames:
+                    async for frame in frames:
+                        await self._send(frame, context)
         except TimeoutError:
-            stalled = DeadlineExceeded(
-                f"the receiver took no frame for {self._config.stall_timeout_s} s"
-            )
-            await abort(context, stalled)
+            late = DeadlineExceeded(f"not done within max_request_s: {self._config.max_request_s}")
+            await abort(context, late)
         except ColmError as error:
             await abort(context, error)
+
+    async def _send(self, frame: bytes, context: _Context) -> None:
+        # Flow control holds a write back while the receiver is slow; its KV waits in the job's
+        # pages, and nobody else waits.
+        timeout_s = self._config.stall_timeout_s
+        try:
+            await asyncio.wait_for(context.write(frame), timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the receiver took no frame for {timeout_s} s") from error
 
     async def _frames(self, request: PrefillRequest) -> AsyncGenerator[bytes]:
         loop = asyncio.get_running_loop()
