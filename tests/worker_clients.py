@@ -84,7 +84,10 @@ class DecodeStream:
         self.got = Generation()
 
     async def send(self, control: decode_pb2.DecodeControl) -> None:
-        await self.call.write(control)
+        try:
+            await self.call.write(control)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
 
     async def move_level(self, level: int) -> None:
         await self.send(serde.move_level_to_proto(MoveLevel(level)))
