@@ -137,6 +137,14 @@ class ClusterConfig(_Frozen):
         """The name clients put in the `model` field."""
         return self.model_name or self.model.name
 
+    def _with_paths_from(self, folder: Path) -> ClusterConfig:
+        tls = self.tls and TlsConfig(
+            ca_file=(folder / self.tls.ca_file).resolve(),
+            cert_file=(folder / self.tls.cert_file).resolve(),
+            key_file=(folder / self.tls.key_file).resolve(),
+        )
+        return self.model_copy(update={"model": (folder / self.model).resolve(), "tls": tls})
+
     @classmethod
     def load(cls, path: Path) -> ClusterConfig:
         """Read a YAML file; relative paths in it count from its folder.
@@ -156,7 +164,7 @@ class ClusterConfig(_Frozen):
             config = cls.model_validate(raw)
         except ValidationError as error:
             raise _first_problem(error) from error
-        return config.model_copy(update={"model": (path.parent / config.model).resolve()})
+        return config._with_paths_from(path.parent)
 
 
 def check_bind_address(key: str, host: str, *, has_tls: bool) -> None:

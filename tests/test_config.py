@@ -1,0 +1,116 @@
+"""The cluster's config: every wrong key or value is named with what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from colm_serve.config import ClusterConfig, DecodeConfig, SlaClass, check_bind_address
+from colm_serve.errors import InvalidConfig
+
+FULL = """
+model: ../models/tiny
+model_name: tiny
+prefill: {count: 2, kv_tokens: 1000, page_size: 16, chunk_tokens: 64}
+decode: {count: 3, max_rows: 8}
+router: {host: 127.0.0.1, http_port: 8000}
+default_sla_class: chat
+sla_classes:
+  chat: {ttft_ms: 200, tpot_ms: 20, min_level: 1, max_level: 3}
+  batch: {}
+"""
+
+
+def load(folder: Path, text: str) -> ClusterConfig:
+    path = folder / "cluster.yaml"
+    path.write_text(text, "utf-8")
+    return ClusterConfig.load(path)
+
+
+def test_a_file_is_read_and_defaults_filled_in(tmp_path: Path) -> None:
+    config = load(tmp_path, FULL)
+    assert (config.prefill.count, config.decode.count, config.decode.max_rows) == (2, 3, 8)
+    assert config.prefill.num_pages == 63, "1000 tokens need 62.5 pages of 16"
+    assert config.sla_classes["chat"] == SlaClass(ttft_ms=200, tpot_ms=20, max_level=3)
+    assert config.decode.frame_timeout_s == DecodeConfig().frame_timeout_s
+    assert config.tls is None
+
+
+def test_the_model_path_counts_from_the_files_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir("/")
+    assert load(tmp_path / "configs", FULL).model == tmp_path / "models" / "tiny"
+    assert load(tmp_path, "model: /srv/m").model == Path("/srv/m")
+
+
+def test_a_model_is_named_by_its_folder_unless_told_otherwise(tmp_path: Path) -> None:
+    assert load(tmp_path, "model: m/stdlib-air").served_name == "stdlib-air"
+    assert load(tmp_path, "model: m/stdlib-air\nmodel_name: mine").served_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "says"),
+    [
+        ("model: m\nprefil: {}", "prefil", "Extra inputs are not permitted"),
+        ("model: m\ndecode: {max_row: 3}", "decode.max_row", "Extra inputs are not permitted"),
+        ("model: m\ndecode: {max_rows: 0}", "decode.max_rows", "0 is not allowed.*or equal to 1"),
+        ("model: m\ndecode: {max_rows: many}", "decode.max_rows", "'many' is not allowed.*integer"),
+        ("model: m\nprefill: {page_size: 1.5}", "prefill.page_size", "1.5 is not allowed"),
+        ("model: m\nprefill: {stall_timeout_s: .inf}", "prefill.stall_timeout_s", "86400"),
+        ("model: m\nprefill: {stall_timeout_s: .nan}", "prefill.stall_timeout_s", "nan"),
+        ("model: m\nrouter: {http_port: 70000}", "router.http_port", "70000 is not.*65535"),
+        ("decode: {}", "model", "Field required"),
+        ("model: m\ndefault_sla_class: x", "config", "default_sla_class 'x'.*'default'"),
+        (
+            "model: m\nsla_classes: {default: {min_level: 3, max_level: 2}}",
+            "sla_classes.default",
+            "min_level 3 is above max_level 2",
+        ),
+        ("model: m\nsla_classes: {default: {ttft_ms: 0}}", "sla_classes.default.ttft_ms", "0"),
+        ("model: m\ntls: {ca_file: a}", "tls.cert_file", "Field required"),
+        ("- a list", "config", "a mapping of keys to values"),
+        ("model: [", "config", "YAML"),
+        ("", "config", "a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, key: str, says: str) -> None:
+    with pytest.raises(InvalidConfig, match=f"(?s){says}") as caught:
+        load(tmp_path, text)
+    assert caught.value.key == key
+    assert str(caught.value).startswith(f"{key}: ")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"missing\.yaml.*readable file"):
+        ClusterConfig.load(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("room", ["prefill", "decode", "router"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
+def test_listening_beyond_loopback_needs_tls(tmp_path: Path, room: str, host: str) -> None:
+    with pytest.raises(InvalidConfig, match=f"{room}.host: '{host}' is not allowed"):
+        load(tmp_path, f"model: m\n{room}: {{host: '{host}'}}")
+
+
+def test_with_tls_any_address_may_be_listened_on(tmp_path: Path) -> None:
+    tls = "tls: {ca_file: ca.pem, cert_file: c.pem, key_file: k.pem}"
+    config = load(tmp_path, f"model: m\ndecode: {{host: 0.0.0.0}}\n{tls}")
+    assert config.decode.host == "0.0.0.0"
+    assert config.tls is not None
+    assert config.tls.ca_file == tmp_path / "ca.pem", "as every path, from the file's folder"
+    assert (config.tls.cert_file, config.tls.key_file) == (tmp_path / "c.pem", tmp_path / "k.pem")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "::1"])
+def test_loopback_needs_no_tls(host: str) -> None:
+    check_bind_address("host", host, has_tls=False)
+
+
+def test_a_config_is_frozen(tmp_path: Path) -> None:
+    config = load(tmp_path, FULL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.decode.max_rows = 9
