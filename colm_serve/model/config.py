@@ -82,13 +82,13 @@ class ColmConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.chains or any(c < 1 for c in self.chains):
+        if not self.chains or not all(map(_is_positive_int, self.chains)):
             raise InvalidConfig("chains", list(self.chains), "one or more positive integers")
         for key in (
             "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads",
             "head_dim", "max_context",
         ):  # fmt: skip
-            if getattr(self, key) < 1:
+            if not _is_positive_int(getattr(self, key)):
                 raise InvalidConfig(key, getattr(self, key), "a positive integer")
         for key, allowed in (
             ("kv_sharing", KvSharing), ("kv_repeat", KvRepeat), ("head", Head),
@@ -200,8 +200,10 @@ class ColmConfig:
             if key not in known:
                 raise InvalidConfig(key, values[key], f"only the keys {sorted(known)}")
         if values.get("rope_scaling") is not None:
-            values["rope_scaling"] = Llama3RopeScaling(**values["rope_scaling"])
+            values["rope_scaling"] = _read_rope_scaling(values["rope_scaling"])
         for key in ("chains", "eos_token_ids"):
+            if key in values and not isinstance(values[key], (list, tuple)):
+                raise InvalidConfig(key, values[key], "a list of integers")
             if key in values:
                 values[key] = tuple(values[key])
         try:
@@ -219,7 +221,20 @@ class ColmConfig:
             raise CheckpointError(f"{path}: no such file; a CoLM folder has config.json") from error
         except ValueError as error:
             raise CheckpointError(f"{path}: not JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: not a JSON object but {raw!r:.80}")
         return cls.from_dict(raw)
 
     def save(self, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
+
+
+def _is_positive_int(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _read_rope_scaling(raw: Any) -> Llama3RopeScaling:
+    keys = [f.name for f in fields(Llama3RopeScaling)]
+    if not isinstance(raw, dict) or sorted(raw) != sorted(keys):
+        raise InvalidConfig("rope_scaling", raw, f"null or an object of {', '.join(keys)}")
+    return Llama3RopeScaling(**raw)
