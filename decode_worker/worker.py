@@ -6,8 +6,6 @@ computed here slows the running rows down but never stops them.
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable
 
@@ -20,14 +18,13 @@ from colm_serve.core import (
     KvLayout,
 )
 from colm_serve.decode_worker.scheduler import DecodeScheduler, LocalChunk, Sequence
+from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.engine.step import StepRow, measure_step_cost, run_step
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.model.checkpoint import LoadedModel
-
-logger = logging.getLogger(__name__)
 
 
 class PromptComputed:
@@ -65,21 +62,19 @@ class DecodeWorker:
             cache_root=loaded.kv_identity.encode(),
         )
         self._sinks: dict[int, SequenceSink] = {}
-        self._failure: BaseException | None = None
-        self._stopping = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="decode-compute", daemon=True)
+        self._compute = ComputeThread(
+            worker_id,
+            has_work=lambda: self._scheduler.has_work,
+            take_turn=self._take_turn,
+            on_failure=self._fail_all,
+        )
 
     def start(self) -> None:
-        self._thread.start()
+        self._compute.start()
 
     def stop(self) -> None:
-        """End the compute thread after the pass it is in."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join(30.0)
+        """End the compute thread after the turn it is in."""
+        self._compute.stop()
 
     def admit(self, request: DecodeRequest, sink: SequenceSink) -> Sequence:
         """Check a request and reserve its pages; `sink` hears of it until `release`.
@@ -92,24 +87,23 @@ class DecodeWorker:
             Unavailable: the worker is stopping or broken.
         """
         self._check(request)
-        with self._changed:
-            if self._stopping or self._failure is not None:
-                raise Unavailable(f"{self._worker_id}: {self._failure or 'stopping'}")
+        with self._compute.lock:
+            self._compute.check_accepting()
             sequence = self._scheduler.admit(request)
             self._sinks[id(sequence)] = sink
             return sequence
 
     def compute_prompt(self, sequence: Sequence) -> None:
         """Compute the rest of the prompt's KV here; the sink hears PromptComputed."""
-        with self._changed:
+        with self._compute.lock:
             self._scheduler.compute_here(sequence)
-            self._changed.notify()
+            self._compute.lock.notify()
 
     def begin(self, sequence: Sequence) -> None:
         """The prompt's KV is complete: make tokens until the sequence ends."""
-        with self._changed:
+        with self._compute.lock:
             self._scheduler.start(sequence)
-            self._changed.notify()
+            self._compute.lock.notify()
 
     def move_level(self, sequence: Sequence, level: int) -> None:
         """Make the sequence's tokens at `level` from its next step on.
@@ -118,22 +112,21 @@ class DecodeWorker:
             InvalidArgument: no such level.
         """
         self._check_level(level)
-        with self._changed:
+        with self._compute.lock:
             sequence.level = level
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence, ended or not; its pages are free within one step."""
-        with self._changed:
+        with self._compute.lock:
             self._sinks.pop(id(sequence), None)
             self._scheduler.cancel(sequence)
 
     def check_alive(self) -> None:
         """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
-        if self._failure is not None:
-            raise Unavailable(f"{self._worker_id} failed: {self._failure!r}")
+        self._compute.check_alive()
 
     def status(self) -> DecodeStatus:
-        with self._changed:
+        with self._compute.lock:
             return DecodeStatus(
                 worker_id=self._worker_id,
                 epoch=self._epoch,
@@ -151,7 +144,7 @@ class DecodeWorker:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless no page is lost or held twice."""
-        with self._changed:
+        with self._compute.lock:
             self._scheduler.check_integrity()
 
     def _check(self, request: DecodeRequest) -> None:
@@ -176,25 +169,12 @@ class DecodeWorker:
         if not 1 <= level <= self._model.num_chains:
             raise InvalidArgument("level", level, f"1 to {self._model.num_chains}")
 
-    def _run(self) -> None:
-        try:
-            while self._wait_for_work():
-                self._decode()
-                self._prefill()
-        except Exception as error:
-            logger.exception("%s: the compute thread failed", self._worker_id)
-            with self._changed:
-                self._failure = error
-                for sink in self._sinks.values():
-                    sink(Unavailable(f"{self._worker_id} failed: {error!r}"))
-
-    def _wait_for_work(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._scheduler.has_work)
-            return not self._stopping
+    def _take_turn(self) -> None:
+        self._decode()
+        self._prefill()
 
     def _decode(self) -> None:
-        with self._changed:
+        with self._compute.lock:
             sequences = self._scheduler.next_rows()
             rows = [
                 StepRow(
@@ -209,7 +189,7 @@ class DecodeWorker:
         if not rows:
             return
         tokens = run_step(self._model, self.pool, rows)
-        with self._changed:
+        with self._compute.lock:
             self.num_steps += 1
             levels = {id(s): row.level for s, row in zip(sequences, rows, strict=True)}
             for sequence, reason in self._scheduler.complete_rows(tuple(tokens)):
@@ -219,7 +199,7 @@ class DecodeWorker:
                     sink(reason)
 
     def _prefill(self) -> None:
-        with self._changed:
+        with self._compute.lock:
             chunks = self._scheduler.next_chunks()
             passes = [self._chunk(chunk) for chunk in chunks]
         if not passes:
@@ -228,7 +208,7 @@ class DecodeWorker:
         run_prefill(self._model, self.pool, passes)
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         self._prefill_tokens_per_s = num_tokens / (time.perf_counter() - begin)
-        with self._changed:
+        with self._compute.lock:
             for sequence in self._scheduler.complete_chunks(chunks):
                 self._sinks[id(sequence)](PromptComputed())
 
@@ -237,3 +217,7 @@ class DecodeWorker:
         start = sequence.num_computed
         tokens = sequence.request.prompt[start : start + chunk.num_tokens]
         return PrefillChunk(tokens, start, self.pool.table(sequence.pages))
+
+    def _fail_all(self, error: Unavailable) -> None:
+        for sink in self._sinks.values():
+            sink(error)

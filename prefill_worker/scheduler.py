@@ -63,6 +63,11 @@ class PrefillScheduler:
         return len(self._running)
 
     @property
+    def has_work(self) -> bool:
+        """There is a chunk to compute."""
+        return any(job.num_left and not job.is_cancelled for job in self._running.values())
+
+    @property
     def num_queued_tokens(self) -> int:
         """Tokens still to be computed, of all jobs."""
         return sum(j.num_left for jobs in (self._waiting, self._running) for j in jobs.values())

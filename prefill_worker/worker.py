@@ -6,14 +6,13 @@ packing and sending them is the service's business, on other threads, while the 
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from colm_serve.config import PrefillConfig
 from colm_serve.core import KvLayout, PrefillRequest, PrefillStatus
+from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
@@ -21,8 +20,6 @@ from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, ScheduledChunk
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,21 +68,19 @@ class PrefillWorker:
         self._sinks: dict[int, tuple[JobSink, float]] = {}
         self._tokens_per_s = 0.0
         self._num_computed_tokens = 0
-        self._failure: BaseException | None = None
-        self._stopping = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="prefill-compute", daemon=True)
+        self._compute = ComputeThread(
+            worker_id,
+            has_work=lambda: self._scheduler.has_work,
+            take_turn=self._take_turn,
+            on_failure=self._fail_all,
+        )
 
     def start(self) -> None:
-        self._thread.start()
+        self._compute.start()
 
     def stop(self) -> None:
         """End the compute thread after the layer it is in."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join(30.0)
+        self._compute.stop()
 
     @property
     def num_computed_tokens(self) -> int:
@@ -102,31 +97,29 @@ class PrefillWorker:
             Unavailable: the worker is stopping or broken.
         """
         self._check(request)
-        with self._changed:
-            if self._stopping or self._failure is not None:
-                raise Unavailable(f"{self._worker_id}: {self._failure or 'stopping'}")
+        with self._compute.lock:
+            self._compute.check_accepting()
             job = self._scheduler.submit(request)
             self._sinks[id(job)] = (sink, time.perf_counter())
-            self._changed.notify()
+            self._compute.lock.notify()
             return job
 
     def finish(self, job: PrefillJob) -> None:
         """Forget a job, sent or cancelled; its pages are free within one pass."""
-        with self._changed:
+        with self._compute.lock:
             self._sinks.pop(id(job), None)
             self._scheduler.finish(job)
-            self._changed.notify()
+            self._compute.lock.notify()
 
     def table(self, job: PrefillJob) -> BlockTable:
         return self.pool.table(job.pages)
 
     def check_alive(self) -> None:
         """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
-        if self._failure is not None:
-            raise Unavailable(f"{self._worker_id} failed: {self._failure!r}")
+        self._compute.check_alive()
 
     def status(self) -> PrefillStatus:
-        with self._changed:
+        with self._compute.lock:
             return PrefillStatus(
                 worker_id=self._worker_id,
                 epoch=self._epoch,
@@ -141,7 +134,7 @@ class PrefillWorker:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless no page is lost or held twice."""
-        with self._changed:
+        with self._compute.lock:
             self._scheduler.check_integrity()
 
     def _check(self, request: PrefillRequest) -> None:
@@ -162,35 +155,12 @@ class PrefillWorker:
         if request.ship_from >= len(request.tokens):
             raise InvalidArgument("ship_from", request.ship_from, f"below {len(request.tokens)}")
 
-    def _run(self) -> None:
-        try:
-            while self._step():
-                pass
-        except Exception as error:
-            logger.exception("%s: the compute thread failed", self._worker_id)
-            with self._changed:
-                self._failure = error
-                for sink, _ in self._sinks.values():
-                    sink(Unavailable(f"{self._worker_id} failed: {error!r}"))
-
-    def _step(self) -> bool:
-        with self._changed:
+    def _take_turn(self) -> None:
+        with self._compute.lock:
             chunks = self._scheduler.next_chunks()
-            while not chunks and not self._stopping:
-                self._changed.wait()
-                chunks = self._scheduler.next_chunks()
-            if self._stopping:
-                return False
-            passes = [
-                PrefillChunk(
-                    chunk.job.request.tokens[
-                        chunk.job.num_computed : chunk.job.num_computed + chunk.num_tokens
-                    ],
-                    chunk.job.num_computed,
-                    self.table(chunk.job),
-                )
-                for chunk in chunks
-            ]
+            passes = [self._chunk(chunk) for chunk in chunks]
+        if not passes:
+            return
         begin = time.perf_counter()
         try:
             run_prefill(self._model, self.pool, passes, lambda layer: self._announce(layer, chunks))
@@ -199,11 +169,15 @@ class PrefillWorker:
         else:
             self._measure(sum(c.num_tokens for c in chunks), time.perf_counter() - begin)
         self._complete(chunks)
-        return True
+
+    def _chunk(self, chunk: ScheduledChunk) -> PrefillChunk:
+        start = chunk.job.num_computed
+        tokens = chunk.job.request.tokens[start : start + chunk.num_tokens]
+        return PrefillChunk(tokens, start, self.table(chunk.job))
 
     def _announce(self, layer: int, chunks: tuple[ScheduledChunk, ...]) -> None:
-        with self._changed:
-            if self._stopping or all(chunk.job.is_cancelled for chunk in chunks):
+        with self._compute.lock:
+            if self._compute.is_stopping or all(chunk.job.is_cancelled for chunk in chunks):
                 raise _Abandoned
             for chunk in chunks:
                 start, stop = chunk.job.num_computed, chunk.job.num_computed + chunk.num_tokens
@@ -220,10 +194,14 @@ class PrefillWorker:
         self._num_computed_tokens += num_tokens
 
     def _complete(self, chunks: tuple[ScheduledChunk, ...]) -> None:
-        with self._changed:
+        with self._compute.lock:
             self._scheduler.complete_pass()
             for chunk in chunks:
                 entry = self._sinks.get(id(chunk.job))
                 if entry is not None and chunk.job.num_left == 0:
                     sink, begin = entry
                     sink(PromptDone(time.perf_counter() - begin))
+
+    def _fail_all(self, error: Unavailable) -> None:
+        for sink, _ in self._sinks.values():
+            sink(error)
