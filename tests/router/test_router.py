@@ -83,8 +83,12 @@ async def test_a_killed_worker_is_left_and_its_successor_used(tmp_path: Path) ->
         cluster.workers.append(successor)
         await cluster.join([await successor.start()])
         assert token_ids(await task) == continuation(PROMPT, 9, 5, 3)
-        assert successor.requests[0].prompt == (*PROMPT, *continuation(PROMPT, 4, 5, 3))
-        assert successor.requests[0].sampling.max_tokens == 5
+        # What the dead worker had sent may not all have arrived.
+        resumed = successor.requests[0]
+        num_had = len(resumed.prompt) - len(PROMPT)
+        assert num_had <= 4
+        assert resumed.prompt == (*PROMPT, *continuation(PROMPT, num_had, 5, 3))
+        assert resumed.sampling.max_tokens == 9 - num_had
 
 
 async def test_an_evicted_member_hands_its_requests_on(tmp_path: Path) -> None:
