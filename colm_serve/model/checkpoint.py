@@ -26,6 +26,8 @@ from colm_serve.model.config import ColmConfig
 from colm_serve.model.transformer import ColmModel
 
 _FORMAT = "colm-chain-1"
+#: What a model without head leaves unread in a chain's file.
+_HEAD_TENSORS = {"norm.weight", "head.weight"}
 #: Config keys that decide what chain 1's keys and values are.
 _KV_KEYS = (
     "vocab_size", "chains", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads",
@@ -150,7 +152,11 @@ def _load_chain(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _digest(tensors) != header["digest"]:
         raise CheckpointError(f"{path}: damaged: its content does not match its digest")
-    for name, parameter in _chain_tensors(model, chain):
+    slots = dict(_chain_tensors(model, chain))
+    unread = set() if model.head is not None else _HEAD_TENSORS
+    if foreign := sorted(tensors.keys() - slots.keys() - unread):
+        raise CheckpointError(f"{path}: tensor {foreign[0]} has no place in the config's model")
+    for name, parameter in slots.items():
         if name not in tensors:
             raise CheckpointError(f"{path}: tensor {name} is missing")
         found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
@@ -182,6 +188,9 @@ def _read_header(path: Path, chain: int) -> Mapping[str, str]:
             f"format {header.get('format')!r}, chain {header.get('chain')!r}; "
             f"expected {_FORMAT!r}, {str(chain)!r}"
         )
+    for key in ("digest", "base"):
+        if key not in header:
+            raise CheckpointError(f"{path}: damaged: its header lacks {key!r}")
     return header
 
 
