@@ -191,9 +191,7 @@ class PrefillClient:
     def request(self, tokens: tuple[int, ...], ship_from: int = 0) -> PrefillRequest:
         return PrefillRequest("a request", tokens, ship_from, self.kv_identity, self.layout)
 
-    def open(
-        self, request: PrefillRequest
-    ) -> grpc.aio.UnaryStreamCall[Any, bytes]:
+    def open(self, request: PrefillRequest) -> grpc.aio.UnaryStreamCall[Any, bytes]:
         return self._prefill(serde.prefill_request_to_proto(request))
 
     async def messages(self, request: PrefillRequest) -> list[bytes]:

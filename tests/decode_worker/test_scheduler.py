@@ -115,10 +115,10 @@ def test_kv_that_has_not_come_is_not_shared() -> None:
 
 def test_generated_tokens_are_found_by_the_next_turn() -> None:
     scheduler = make_scheduler()
-    first = ship_and_start(scheduler, scheduler.admit(make_request([5] * 6, max_tokens=7)))
+    first = ship_and_start(scheduler, scheduler.admit(make_request([5] * 6, max_tokens=6)))
     run_to_end(scheduler, first, token=3)
-    # 13 tokens, the last of which never ran: three whole blocks have their KV.
-    assert scheduler.admit(make_request([5] * 6 + [3] * 7 + [8])).num_cached == 12
+    # 12 tokens fill three blocks, but the last was never run: two have all of their KV.
+    assert scheduler.admit(make_request([5] * 6 + [3] * 6 + [8])).num_cached == 8
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live: list[Sequence] = []
         self.rows: tuple[Sequence, ...] | None = None
         self.chunks: tuple[LocalChunk, ...] | None = None
-        self.written_in_pass: list[tuple[Sequence, frozenset[int]]] = []
+        # The truth about the memory: which prefix the KV in (page, slot) was computed from.
+        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.writing: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.writers: dict[int, list[Sequence]] = {}
 
     @property
     def is_in_pass(self) -> bool:
@@ -218,9 +221,33 @@ class SchedulerMachine(RuleBasedStateMachine):
     def admit(self, prompt: list[int], max_tokens: int, level: int) -> None:
         num_free = self.ledger.num_free
         try:
-            self.live.append(self.scheduler.admit(make_request(prompt, max_tokens, level)))
+            sequence = self.scheduler.admit(make_request(prompt, max_tokens, level))
         except (ResourceExhausted, InvalidArgument):
             assert self.ledger.num_free == num_free
+            return
+        self.live.append(sequence)
+        cached = self.places(sequence, 0, sequence.num_cached)
+        assert all(self.memory.get(place) == prefix for place, prefix in cached.items())
+
+    def places(
+        self, sequence: Sequence, start: int, stop: int
+    ) -> dict[tuple[int, int], tuple[int, ...]]:
+        """Where tokens [start, stop) have their KV, and the prefix that each is computed from."""
+        return {
+            (sequence.pages[t // PAGE_SIZE], t % PAGE_SIZE): tuple(sequence.tokens[: t + 1])
+            for t in range(start, stop)
+        }
+
+    def begin_writing(self, sequence: Sequence, num_tokens: int) -> None:
+        start = sequence.num_computed
+        for place, prefix in self.places(sequence, start, start + num_tokens).items():
+            self.writing[place] = prefix
+            self.writers.setdefault(place[0], []).append(sequence)
+
+    def end_writing(self) -> None:
+        """What a pass writes is written, cancelled or not."""
+        self.memory.update(self.writing)
+        self.writing, self.writers = {}, {}
 
     def awaiting(self) -> list[Sequence]:
         local = {id(s) for s in self.scheduler._local.values()}
@@ -230,7 +257,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), num_tokens=st.integers(1, 14))
     def ship(self, data: st.DataObject, num_tokens: int) -> None:
         sequence = data.draw(st.sampled_from(self.awaiting()))
-        sequence.num_computed = min(sequence.num_prefill, sequence.num_computed + num_tokens)
+        stop = min(sequence.num_prefill, sequence.num_computed + num_tokens)
+        self.memory.update(self.places(sequence, sequence.num_computed, stop))
+        sequence.num_computed = stop
         if sequence.num_missing == 0:
             self.scheduler.start(sequence)
 
@@ -246,14 +275,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.rows = self.scheduler.next_rows()
         assert len(self.rows) <= self.max_rows
         assert [s.level for s in self.rows] == sorted((s.level for s in self.rows), reverse=True)
-        self.written_in_pass = [(s, frozenset(s.pages)) for s in self.rows]
+        for sequence in self.rows:
+            self.begin_writing(sequence, 1)
 
     @precondition(lambda self: self.rows is not None)
     @rule(token=st.sampled_from([1, 2, EOS]))
     def end_rows(self, token: int) -> None:
         assert self.rows is not None
+        self.end_writing()
         outcome = self.scheduler.complete_rows((token,) * len(self.rows))
-        self.rows, self.written_in_pass = None, []
+        self.rows = None
         ended = [id(s) for s, reason in outcome if reason is not None]
         self.live = [s for s in self.live if id(s) not in ended]
 
@@ -262,14 +293,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def begin_chunks(self) -> None:
         self.chunks = self.scheduler.next_chunks()
         assert sum(chunk.num_tokens for chunk in self.chunks) <= 10
-        self.written_in_pass = [(c.sequence, frozenset(c.sequence.pages)) for c in self.chunks]
+        for chunk in self.chunks:
+            self.begin_writing(chunk.sequence, chunk.num_tokens)
 
     @precondition(lambda self: self.chunks is not None)
     @rule()
     def end_chunks(self) -> None:
         assert self.chunks is not None
+        self.end_writing()
         complete = self.scheduler.complete_chunks(self.chunks)
-        self.chunks, self.written_in_pass = None, []
+        self.chunks = None
         for sequence in complete:
             self.scheduler.start(sequence)
 
@@ -299,13 +332,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(sequence.num_computed >= stop for sequence in sharing), "it is written still"
 
     @invariant()
-    def nothing_being_written_is_given_out(self) -> None:
-        for writer, pages in self.written_in_pass:
-            for other in self.live:
-                written = set(other.pages) & pages if other is not writer else set()
-                # What they share was complete before the pass, which writes behind it.
-                first_written = writer.num_computed // PAGE_SIZE
-                assert not written & set(writer.pages[first_written:])
+    def nothing_being_written_is_anothers(self) -> None:
+        for page, writers in self.writers.items():
+            owners = [s for s in self.live if page in s.pages]
+            assert all(owner is writers[0] for owner in (*owners, *writers))
 
     def teardown(self) -> None:
         if not hasattr(self, "live"):

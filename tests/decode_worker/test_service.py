@@ -17,6 +17,7 @@ from colm_serve.core import Decoded, FinishReason, SamplingParams
 from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.errors import (
     ColmError,
+    DeadlineExceeded,
     Incompatible,
     InvalidArgument,
     ResourceExhausted,
@@ -100,6 +101,8 @@ async def test_text_is_the_whole_models_cold_and_cached(
         async with cluster(folder) as c:
             cold = await c.decode.generate(prompt, level, sampling, c.prefill)
             cached = await c.decode.generate(prompt, level, sampling, c.prefill)
+            status = await c.decode.status()
+            assert status.prefill_tokens_per_s == 0, "nothing was to be computed here"
         num_blocks = (num_tokens - 1) // 16
         assert cold.tokens == cached.tokens == expected
         assert cold.levels == [level] * 8
@@ -116,7 +119,7 @@ async def test_text_is_the_whole_models_cold_and_cached(
 async def test_prefixes_are_shared_across_levels_and_turns(folder: Path) -> None:
     """One cache for every level, and it holds what was generated too."""
     prompt = make_prompt(60)
-    sampling = with_tokens(GREEDY, 40)
+    sampling = with_tokens(GREEDY, 36)
     async with cluster(folder) as c:
         first = await c.decode.generate(prompt, 3, sampling, c.prefill)
         longer = prompt[:50] + make_prompt(30, seed=5)
@@ -125,8 +128,8 @@ async def test_prefixes_are_shared_across_levels_and_turns(folder: Path) -> None
         answered = await c.decode.generate(next_turn, 2, GREEDY, c.prefill)
     assert forked.num_cached == 48
     assert forked.tokens == generate_alone(folder, longer, [1] * 8)
-    assert answered.num_cached == 96, "60 + 40 tokens, of which the last was never run"
-    assert answered.num_shipped == len(next_turn) - 1 - 96
+    assert answered.num_cached == 80, "60 + 36 tokens fill 6 blocks, but the last was never run"
+    assert answered.num_shipped == len(next_turn) - 1 - 80
     assert answered.tokens == generate_alone(folder, next_turn, [2] * 8)
 
 
@@ -433,3 +436,10 @@ async def test_a_worker_that_stops_ends_its_streams_and_frees_their_pages(folder
     with pytest.raises(Unavailable):
         await client.generate(make_prompt(30))
     await channel.close()
+
+
+async def test_a_request_that_takes_too_long_is_ended(folder: Path, gate: Gate) -> None:
+    async with cluster(folder, before_block=gate, max_request_s=0.3) as c:
+        with pytest.raises(DeadlineExceeded, match=r"max_request_s: 0\.3"):
+            await c.decode.generate(make_prompt(30), 3, GREEDY, c.prefill)
+        gate.is_open.set()

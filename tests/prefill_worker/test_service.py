@@ -248,6 +248,18 @@ async def test_a_stalled_receiver_blocks_nobody_and_is_cut(tmp_path: Path) -> No
         assert isinstance(from_rpc_error(caught.value), DeadlineExceeded)
 
 
+async def test_a_request_that_takes_too_long_is_ended(folder: Path) -> None:
+    gate = threading.Event()
+    async with serving(folder, before_block=lambda: gate.wait(30), max_request_s=0.3) as (
+        client,
+        _,
+    ):
+        with pytest.raises(DeadlineExceeded, match=r"max_request_s: 0\.3"):
+            await client.messages(client.request(make_prompt(30)))
+        gate.set()
+        await eventually(client.is_idle, "its pages come back")
+
+
 async def read_all(call: grpc.aio.UnaryStreamCall[Any, bytes]) -> int:
     """How many messages were left."""
     num_messages = 0
