@@ -12,7 +12,6 @@ Peak memory: a process that opens chain 1's file alone against one that opens al
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -87,11 +86,11 @@ def compare(
         shares = [s / flop_ratio for s in speed_ups]
         case = f"{name} {num_tokens} tokens"
         rows += [
-            _row(f"{case}: dense", [a * 1e3 for a, _ in pairs], "ms", "lower"),
-            _row(f"{case}: chain 1", [b * 1e3 for _, b in pairs], "ms", "lower"),
-            _row(f"{case}: speed-up", speed_ups, "x", "higher", note=_paper_note(name, num_tokens),
-                 headline=num_tokens >= 2048),
-            _row(f"{case}: share of the FLOP ratio {flop_ratio:.2f}", shares, "", "higher",
+            Row.of(f"{case}: dense", [a * 1e3 for a, _ in pairs], "ms", "lower"),
+            Row.of(f"{case}: chain 1", [b * 1e3 for _, b in pairs], "ms", "lower"),
+            Row.of(f"{case}: speed-up", speed_ups, "x", "higher",
+                   note=_paper_note(name, num_tokens), headline=num_tokens >= 2048),
+            Row.of(f"{case}: share of the FLOP ratio {flop_ratio:.2f}", shares, "", "higher",
                  target=TARGETS[name] if num_tokens == 2048 else None,
                  headline=num_tokens == 2048),
         ]  # fmt: skip
@@ -109,11 +108,11 @@ def compare_memory(num_tokens: int) -> list[Row]:
         chain_1 = _peak_mb(folder, 1, num_tokens) - base
         whole = _peak_mb(folder, config.num_chains, num_tokens) - base
     return [
-        _row("chain 1's file", [weights_mb], "MB", "lower"),
-        _row("peak memory, prefill worker", [chain_1], "MB", "lower",
+        Row.of("chain 1's file", [weights_mb], "MB", "lower"),
+        Row.of("peak memory, prefill worker", [chain_1], "MB", "lower",
              note="above a process that has imported the same code and opened nothing"),
-        _row("peak memory, whole model", [whole], "MB", "lower"),
-        _row("peak memory, whole model over prefill worker", [whole / chain_1], "x", "higher",
+        Row.of("peak memory, whole model", [whole], "MB", "lower"),
+        Row.of("peak memory, whole model over prefill worker", [whole / chain_1], "x", "higher",
              headline=True),
     ]  # fmt: skip
 
@@ -135,11 +134,6 @@ def print_peak(folder: Path, num_chains: int, num_tokens: int) -> None:
     status = Path("/proc/self/status").read_text("ascii")
     peak_kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     print(int(peak_kib) * 1024 / 1e6)
-
-
-def _row(name: str, values: list[float], unit: str, better: str, **more: object) -> Row:
-    spread = (min(values), max(values))
-    return Row(name, statistics.median(values), unit, better, spread, **more)  # type: ignore[arg-type]
 
 
 def _paper_note(name: str, num_tokens: int) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import psutil
@@ -37,6 +38,22 @@ class Row:
     target: float | None = None
     note: str = ""
     headline: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        values: Sequence[float],
+        unit: str,
+        better: Literal["higher", "lower"],
+        *,
+        target: float | None = None,
+        note: str = "",
+        headline: bool = False,
+    ) -> Row:
+        """The row of repeated measurements."""
+        spread = (min(values), max(values))
+        return cls(name, median(values), unit, better, spread, target, note, headline)
 
     @property
     def meets_target(self) -> bool:
