@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 
-def pointers(tensors: Sequence[Tensor]) -> Tensor:
-    """[n] int64 addresses of contiguous tensors, on their device."""
+def pointers(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[n] int64 addresses of contiguous tensors of `like`'s dtype and device, on that device.
+
+    A kernel reads through them unchecked, so another dtype would be read as garbage.
+    """
     for tensor in tensors:
         assert tensor.is_contiguous(), "a kernel addresses weights row by row"
-    return int_table(tuple(t.data_ptr() for t in tensors), tensors[0].device, torch.int64)
+        assert tensor.dtype == like.dtype, f"weights are {tensor.dtype}, rows are {like.dtype}"
+        assert tensor.device == like.device, f"weights on {tensor.device}, rows on {like.device}"
+    return int_table(tuple(t.data_ptr() for t in tensors), like.device, torch.int64)
 
 
 @lru_cache(maxsize=4096)

@@ -36,12 +36,13 @@ def chain_rms_norm(
     if x_TD.shape[0] == 0:
         return y_TD
     assert x_TD.stride(1) == y_TD.stride(1) == 1, "rows are contiguous"
+    assert x_TD.shape[1] >= sum(widths), f"{x_TD.shape[1]} columns, gains for {sum(widths)}"
     block = triton.next_power_of_2(max(widths))
     device = x_TD.device
     _rms_norm_kernel[(x_TD.shape[0], num_chains)](
         x_TD,
         y_TD,
-        pointers(weights[:num_chains]),
+        pointers(weights[:num_chains], x_TD),
         int_table(starts, device),
         int_table(widths, device),
         int_table(tuple(num_rows), device),

@@ -5,6 +5,10 @@ A GEMM whose K bound depends on the output tile: a tile of chain i sums over the
 Tiles with the longest K start first, so that the short ones fill the last wave. A tile beyond
 its chain's rows writes zeros and ends at once.
 
+Block sizes follow from Hopper's shared memory and registers; no GPU has timed them yet. Left for
+when one does: tuned sizes, row tiles grouped so that long prompts reuse x from L2, a persistent
+loop, and the fallback of one cuBLAS call a chain where that is faster.
+
 Shapes: T rows (tokens), D input width, O output width; M, N, K the tile's rows, columns, inputs.
 """
 
@@ -58,6 +62,9 @@ def staircase_linear(
     if num_total == 0:
         return y_TO
     assert x_TD.stride(1) == y_TO.stride(1) == 1, "rows are contiguous"
+    longest = max(k for _, k in shapes)
+    assert x_TD.shape[1] >= longest, f"{x_TD.shape[1]} columns, weights read {longest}"
+    assert num_total >= num_rows[0], f"{num_total} rows, chain 1 touches {num_rows[0]}"
     blocks = _choose_blocks(num_total, x_TD.dtype)
     tiles = _tiles(shapes, blocks.n)
     num_row_tiles = triton.cdiv(num_total, blocks.m)
@@ -65,8 +72,8 @@ def staircase_linear(
     _staircase_kernel[(num_row_tiles * len(tiles),)](
         x_TD,
         y_TO,
-        pointers(weights[:num_chains]),
-        pointers((biases or weights)[:num_chains]),
+        pointers(weights[:num_chains], x_TD),
+        pointers((weights if biases is None else biases)[:num_chains], x_TD),
         int_table(tuple(number for tile in tiles for number in tile), device),
         int_table(tuple(num_rows), device),
         num_total,
@@ -74,7 +81,7 @@ def staircase_linear(
         y_TO.stride(0),
         num_row_tiles,
         HAS_BIAS=biases is not None,
-        IS_ALIGNED=all(k % 16 == 0 for _, k in shapes),
+        IS_ALIGNED=_is_aligned(weights[:num_chains]),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
@@ -82,6 +89,11 @@ def staircase_linear(
         num_stages=blocks.num_stages,
     )
     return y_TO
+
+
+def _is_aligned(weights: Sequence[Tensor]) -> bool:
+    """Whether every row of every weight may be loaded in words of 16 bytes."""
+    return all(w.data_ptr() % 16 == 0 and w.shape[1] % 16 == 0 for w in weights)
 
 
 def _choose_blocks(num_rows: int, dtype: torch.dtype) -> _Blocks:

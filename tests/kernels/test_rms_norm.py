@@ -69,9 +69,38 @@ def test_kernel_equals_reference_for_any_staircase(data: st.DataObject) -> None:
     check_kernel(*make_case(rows, torch.float32, dims), rows, 1e-6)
 
 
+def test_kernel_reads_strided_rows_and_zeroes_rows_beyond_every_chain() -> None:
+    x, weights = make_case((7, 4, 2), torch.float32)
+    wider = torch.nn.functional.pad(x, (0, 5, 0, 3))
+    check_kernel(wider[:, : x.shape[1]], weights, (7, 4, 2), 1e-6)
+
+
+def test_kernel_refuses_what_it_would_read_as_garbage() -> None:
+    x, weights = make_case((5, 5, 5), torch.float32)
+    for bad_x, message in (
+        (x.half(), "weights are torch.float32, rows are torch.float16"),
+        (x[:, :-1], "103 columns, gains for 104"),
+        (x.t().contiguous().t(), "rows are contiguous"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            rms_norm_triton.chain_rms_norm(bad_x, weights, (5, 5, 5), EPS)
+
+
+def poison_unread(x: Tensor, weights: list[Tensor], rows: tuple[int, ...]) -> Tensor:
+    """NaN in every input that no output of the staircase depends on."""
+    x = x.clone() if x.is_contiguous() else x
+    start = 0
+    for weight, count in zip(weights, rows, strict=False):
+        x[count:, start : start + len(weight)] = float("nan")
+        start += len(weight)
+    x[:, start:] = float("nan")
+    return x
+
+
 def check_kernel(x: Tensor, weights: list[Tensor], rows: tuple[int, ...], tolerance: float) -> None:
+    x = poison_unread(x, weights, rows)
     width = sum(len(w) for w in weights[: len(rows)])
-    poisoned = torch.full((rows[0], width), float("nan"), dtype=x.dtype)
+    poisoned = torch.full((x.shape[0], width), float("nan"), dtype=x.dtype)
     y = rms_norm_triton.chain_rms_norm(x, weights, rows, EPS, out=poisoned).float()
     expected = rms_norm.chain_rms_norm(x.float(), [w.float() for w in weights], rows, EPS)
     assert (y - expected).norm() <= tolerance * expected.norm()

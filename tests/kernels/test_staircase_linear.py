@@ -101,6 +101,47 @@ def test_kernel_equals_reference_for_any_staircase(data: st.DataObject) -> None:
     check_kernel(x, weights, rows, biases, 1e-6)
 
 
+def test_kernel_reads_strided_rows_and_zeroes_rows_beyond_every_chain() -> None:
+    rows = (40, 20, 7)
+    x, weights, biases = make_case(rows, torch.float32)
+    wider = F.pad(x, (0, 5, 0, 3))
+    check_kernel(wider[:, : x.shape[1]], weights, rows, biases, 1e-6)
+
+
+def test_weights_at_odd_addresses_are_not_read_in_wide_words() -> None:
+    _, weights, _ = make_case((5, 5, 5), torch.float32, (16, 16, 32))
+    assert staircase_linear_triton._is_aligned(weights)
+    shifted = [torch.cat([w.new_zeros(1), w.flatten()])[1:].view_as(w) for w in weights]
+    assert not staircase_linear_triton._is_aligned(shifted)
+    assert not staircase_linear_triton._is_aligned([torch.zeros(16, 24)])
+
+
+def test_kernel_refuses_what_it_would_read_as_garbage() -> None:
+    x, weights, biases = make_case((5, 5, 5), torch.float32)
+    for bad_x, bad_weights, rows, message in (
+        (x.half(), weights, (5, 5, 5), "weights are torch.float32, rows are torch.float16"),
+        (x[:, :-1], weights, (5, 5, 5), "103 columns, weights read 104"),
+        (x, weights, (6, 5, 5), "5 rows, chain 1 touches 6"),
+        (x, [w.t().contiguous().t() for w in weights], (5, 5, 5), "row by row"),
+        (x.t().contiguous().t(), weights, (5, 5, 5), "rows are contiguous"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            staircase_linear_triton.staircase_linear(bad_x, bad_weights, rows)
+    with pytest.raises(AssertionError, match=r"weights are torch\.float64"):
+        staircase_linear_triton.staircase_linear(
+            x, weights, (5, 5, 5), [b.double() for b in biases]
+        )
+
+
+def poison_unread(x: Tensor, weights: list[Tensor], rows: tuple[int, ...]) -> Tensor:
+    """NaN in every input that no output of the staircase depends on."""
+    x = x.clone() if x.is_contiguous() else x
+    x[rows[0] :] = float("nan")
+    for weight, count in zip(weights, (*rows[1:], 0), strict=False):
+        x[count:, weight.shape[1] :] = float("nan")
+    return x
+
+
 def check_kernel(
     x: Tensor,
     weights: list[Tensor],
@@ -108,8 +149,9 @@ def check_kernel(
     biases: list[Tensor] | None,
     tolerance: float,
 ) -> None:
+    x = poison_unread(x, weights, rows)
     width = sum(w.shape[0] for w in weights[: len(rows)])
-    poisoned = torch.full((rows[0], width), float("nan"), dtype=x.dtype)
+    poisoned = torch.full((x.shape[0], width), float("nan"), dtype=x.dtype)
     y = staircase_linear_triton.staircase_linear(x, weights, rows, biases, out=poisoned).double()
     with torch.no_grad():
         expected = staircase_linear.staircase_linear(
