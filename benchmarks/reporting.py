@@ -73,6 +73,7 @@ def save(benchmark: str, rows: Sequence[Row]) -> Path:
         "versions": {name: version(name) for name in _PACKAGES},
         "rows": [asdict(row) for row in rows],
     }
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{benchmark}.json"
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     return path
