@@ -62,6 +62,14 @@ class Options(TypedDict, total=False):
     top_k: int
     seed: int | None
     ignore_eos: bool
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    logprobs: int | None
     stop: str | Sequence[str]
     level: int | None
     min_level: int | None
@@ -185,6 +193,8 @@ def _request(prompt: str | None, options: Options) -> tuple[generation_pb2.Gener
     chosen = _prompt(prompt, fields.pop("token_ids", None), fields.pop("messages", None))
     stop = fields.pop("stop", ())
     fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    fields["stop_token_ids"] = tuple(fields.pop("stop_token_ids", ()))
+    fields["logit_bias"] = tuple(sorted(fields.pop("logit_bias", {}).items()))
     return serde.request_to_proto(GenerationRequest(prompt=chosen, **fields)), timeout_s
 
 

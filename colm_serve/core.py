@@ -5,13 +5,17 @@ Protobuf objects become these at `transport.serde` and go no further.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from colm_serve.errors import InvalidArgument
 
 MAX_SEED = 2**64 - 1
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100
+MAX_LOGIT_BIAS_TOKENS = 300
+MAX_STOP_TOKEN_IDS = 64
 
 
 class FinishReason(Enum):
@@ -25,6 +29,9 @@ class FinishReason(Enum):
 class SamplingParams:
     """How the next token is chosen; draws are keyed by (seed, position).
 
+    `logit_bias` pairs token ids with what is added to their scores; `logprobs` is the number of
+    likeliest tokens to report with each chosen one, None for no logprobs at all.
+
     Raises:
         InvalidArgument: a value outside what is allowed.
     """
@@ -35,19 +42,86 @@ class SamplingParams:
     top_k: int = 0
     seed: int = 0
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # Written so that NaN fails too.
-        if not 0 <= self.temperature <= 2:
-            raise InvalidArgument("temperature", self.temperature, "0 to 2")
         if not 0 < self.top_p <= 1:
             raise InvalidArgument("top_p", self.top_p, "above 0, at most 1")
+        if not 0 < self.repetition_penalty <= 2:
+            raise InvalidArgument("repetition_penalty", self.repetition_penalty, "above 0, to 2")
         if self.top_k < 0:
             raise InvalidArgument("top_k", self.top_k, "0 (off) or more")
         if self.max_tokens < 1:
             raise InvalidArgument("max_tokens", self.max_tokens, "1 or more")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise InvalidArgument("seed", self.seed, f"0 to {MAX_SEED}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            allowed = f"0 to max_tokens, {self.max_tokens}"
+            raise InvalidArgument("min_tokens", self.min_tokens, allowed)
+        for field_name, low, high in (
+            ("temperature", 0, 2),
+            ("min_p", 0, 1),
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+            ("seed", 0, MAX_SEED),
+        ):
+            value = getattr(self, field_name)
+            if not low <= value <= high:
+                raise InvalidArgument(field_name, value, f"{low} to {high}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise InvalidArgument("logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}")
+        self._check_token_lists()
+
+    def _check_token_lists(self) -> None:
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            shown = f"{len(self.stop_token_ids)} ids"
+            raise InvalidArgument("stop_token_ids", shown, f"at most {MAX_STOP_TOKEN_IDS}")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS_TOKENS:
+            shown = f"{len(self.logit_bias)} tokens"
+            raise InvalidArgument("logit_bias", shown, f"at most {MAX_LOGIT_BIAS_TOKENS}")
+        for token_id, bias in self.logit_bias:
+            if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+                allowed = f"-{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"
+                raise InvalidArgument(f"logit_bias[{token_id}]", bias, allowed)
+
+    def check_vocabulary(self, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        """Raise InvalidArgument unless the model has every token named, and one to choose."""
+        ids_below = f"token ids 0 to {vocab_size - 1}"
+        for token_id in self.stop_token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidArgument("stop_token_ids", token_id, ids_below)
+        for token_id, _ in self.logit_bias:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidArgument("logit_bias", token_id, ids_below)
+        if self.min_tokens and len(self.ending_token_ids(eos_token_ids)) >= vocab_size:
+            raise InvalidArgument("min_tokens", self.min_tokens, "0: every token ends the text")
+
+    def ending_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """The tokens that end the text, given those of the model."""
+        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos_token_ids)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and the log of the probability that the model itself, unfiltered, gave it."""
+
+    token_id: int
+    logprob: float
+    token: bytes = b""  # its UTF-8 bytes, where known; part of a character perhaps
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """The chosen token's logprob and those of the likeliest tokens, likeliest first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +152,10 @@ class StageTimings:
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What a router asks of a decode worker."""
+    """What a router asks of a decode worker.
+
+    The last `num_resumed_tokens` of the prompt are output that another worker made before.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
@@ -86,6 +163,7 @@ class DecodeRequest:
     sampling: SamplingParams
     prefill_addresses: tuple[str, ...]
     kv_identity: str
+    num_resumed_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +197,7 @@ class DecodedToken:
 
     token_id: int
     level: int
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)

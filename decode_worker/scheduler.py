@@ -27,6 +27,7 @@ class Sequence:
     pages: list[int]
     num_cached: int
     level: int
+    ending_token_ids: frozenset[int]
     tokens: list[int] = field(init=False)
     num_computed: int = field(init=False)
     num_shipped: int = 0
@@ -123,7 +124,13 @@ class DecodeScheduler:
         except ResourceExhausted:
             self._ledger.release(pages)
             raise
-        sequence = Sequence(request, pages, num_cached, request.level)
+        sequence = Sequence(
+            request,
+            pages,
+            num_cached,
+            request.level,
+            request.sampling.ending_token_ids(self._eos),
+        )
         self._sequences[id(sequence)] = sequence
         return sequence
 
@@ -211,10 +218,10 @@ class DecodeScheduler:
         assert len(held) + self._ledger.num_free == self._ledger.num_pages, "pages were lost"
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if token in self._eos and not sampling.ignore_eos:
+        if token in sequence.ending_token_ids:
             return FinishReason.STOP
-        if len(sequence.tokens) - sequence.num_prompt >= sampling.max_tokens:
+        max_tokens = sequence.request.sampling.max_tokens
+        if len(sequence.tokens) - sequence.num_prompt >= max_tokens:
             return FinishReason.LENGTH
         return None
 

@@ -20,6 +20,7 @@ from colm_serve.core import (
 from colm_serve.decode_worker.scheduler import DecodeScheduler, LocalChunk, Sequence
 from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.loading import kv_layout, make_pool
+from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.engine.step import StepRow, measure_step_cost, run_step
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
@@ -62,6 +63,7 @@ class DecodeWorker:
             cache_root=loaded.kv_identity.encode(),
         )
         self._sinks: dict[int, SequenceSink] = {}
+        self._processors: dict[int, LogitsProcessor] = {}
         self._compute = ComputeThread(
             worker_id,
             has_work=lambda: self._scheduler.has_work,
@@ -81,8 +83,8 @@ class DecodeWorker:
 
         Raises:
             Incompatible: the router means other weights.
-            InvalidArgument: an empty prompt, a token id or level that is not allowed, or more
-                tokens than the context holds.
+            InvalidArgument: an empty prompt, a token id or level that is not allowed, more
+                tokens than the context holds, or more resumed ones than the prompt.
             ResourceExhausted: there is no room now.
             Unavailable: the worker is stopping or broken.
         """
@@ -91,6 +93,10 @@ class DecodeWorker:
             self._compute.check_accepting()
             sequence = self._scheduler.admit(request)
             self._sinks[id(sequence)] = sink
+            eos_token_ids = self._model.config.eos_token_ids
+            processor = LogitsProcessor.make(request, sequence.tokens, eos_token_ids)
+            if processor is not None:
+                self._processors[id(sequence)] = processor
             return sequence
 
     def compute_prompt(self, sequence: Sequence) -> None:
@@ -119,6 +125,7 @@ class DecodeWorker:
         """Forget a sequence, ended or not; its pages are free within one step."""
         with self._compute.lock:
             self._sinks.pop(id(sequence), None)
+            self._processors.pop(id(sequence), None)
             self._scheduler.cancel(sequence)
 
     def check_alive(self) -> None:
@@ -160,6 +167,10 @@ class DecodeWorker:
         if max(request.prompt) >= config.vocab_size:
             allowed = f"ids below {config.vocab_size}"
             raise InvalidArgument("prompt_token_ids", max(request.prompt), allowed)
+        if request.num_resumed_tokens >= len(request.prompt):
+            allowed = f"fewer than the prompt's {len(request.prompt)} tokens"
+            raise InvalidArgument("num_resumed_tokens", request.num_resumed_tokens, allowed)
+        request.sampling.check_vocabulary(config.vocab_size, config.eos_token_ids)
         num_tokens = len(request.prompt) + request.sampling.max_tokens
         if num_tokens > config.max_context:
             shown = f"prompt + max_tokens = {num_tokens}"
@@ -183,18 +194,20 @@ class DecodeWorker:
                     level=sequence.level,
                     table=self.pool.table(sequence.pages),
                     sampling=sequence.request.sampling,
+                    processor=self._processors.get(id(sequence)),
                 )
                 for sequence in sequences
             ]
         if not rows:
             return
-        tokens = run_step(self._model, self.pool, rows)
+        sampled = run_step(self._model, self.pool, rows)
         with self._compute.lock:
             self.num_steps += 1
-            levels = {id(s): row.level for s, row in zip(sequences, rows, strict=True)}
-            for sequence, reason in self._scheduler.complete_rows(tuple(tokens)):
-                sink = self._sinks[id(sequence)]
-                sink(DecodedToken(sequence.tokens[-1], levels[id(sequence)]))
+            row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
+            for sequence, reason in self._scheduler.complete_rows(tuple(sampled.tokens)):
+                sink, row = self._sinks[id(sequence)], row_of[id(sequence)]
+                logprobs = sampled.logprobs.get(row)
+                sink(DecodedToken(sampled.tokens[row], rows[row].level, logprobs))
                 if reason is not None:
                     sink(reason)
 

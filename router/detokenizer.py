@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-#: What decoders put for bytes that are no UTF-8 character, or not yet.
-REPLACEMENT = "\ufffd"
+from colm_serve.router.token_bytes import REPLACEMENT
 
 
 @dataclass(frozen=True)
@@ -20,19 +19,28 @@ class Piece:
 class Detokenizer:
     """One generation's text; `push` its tokens, then `flush` once.
 
-    The pieces together are the decoded text of all tokens up to the first stop string.
+    The pieces together are the decoded text of all tokens up to the first stop string. Those of
+    the first `min_tokens` tokens are text like any other.
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str] | None, stop: Sequence[str] = ()
+        self,
+        decode: Callable[[Sequence[int]], str] | None,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._characters = CharacterStream(decode) if decode is not None else None
         self._stops = StopMatcher(stop)
+        self._num_before_stop = min_tokens
 
     def push(self, token_id: int) -> Piece:
         if self._characters is None:
             return Piece("")
-        return self._stops.push(self._characters.push(token_id))
+        text = self._characters.push(token_id)
+        if self._num_before_stop > 0:
+            self._num_before_stop -= 1
+            return Piece(text)
+        return self._stops.push(text)
 
     def flush(self) -> Piece:
         """What is still held back, now that no more tokens come."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Coroutine
+from itertools import chain
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -14,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from colm_serve.errors import ColmError, InvalidArgument, Unavailable
+from colm_serve.router.choices import choices
 from colm_serve.router.http_errors import describe, error_body, respond
 from colm_serve.router.merge import merge
 from colm_serve.router.metrics import CONTENT_TYPE
@@ -22,7 +24,7 @@ from colm_serve.router.openai_types import ChatBody, CompletionBody, read_body
 from colm_serve.router.request import GenerationEvent
 from colm_serve.router.router import Router
 
-#: Prompts of one batch that are generated at the same time.
+#: Prompts of one batch, and choices of one prompt, that are generated at the same time.
 MAX_BATCH_CONCURRENT = 16
 MAX_BODY_BYTES = 64 * 1024 * 1024
 _CLIENT_CLOSED_REQUEST = 499
@@ -76,9 +78,10 @@ async def _generate(
     router: Router, request: Request, kind: type[CompletionBody] | type[ChatBody], style: Format
 ) -> Response:
     body = read_body(kind, await _read(request))
-    requests = body.requests()
-    answer = Answer(style, int(time.time()), len(requests))
-    events = merge([router.generate(r) for r in requests], MAX_BATCH_CONCURRENT)
+    requests, num_choices = body.requests(), body.num_choices
+    answer = Answer(style, int(time.time()), len(requests), num_choices)
+    streams = chain.from_iterable(choices(router.generate, r, num_choices) for r in requests)
+    events = merge(tuple(streams), MAX_BATCH_CONCURRENT)
     # The first event is awaited before anything is sent, so that a refusal has its own status.
     work = _first(events) if body.stream else _whole(events, answer)
     result = await _until_disconnect(request, work)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from colm_serve.core import FinishReason
-from colm_serve.router.request import Finished, GenerationEvent, Started, Token, Usage
+from colm_serve.core import FinishReason, Logprobs
+from colm_serve.router.openai_logprobs import chat_logprobs, completion_logprobs, num_characters
+from colm_serve.router.request import Finished, GenerationEvent, Started, Token
 
 Json = dict[str, Any]
 
@@ -35,6 +36,14 @@ class Format:
             return {"delta": {"content": text} if text else {}}
         return {"text": text}
 
+    def logprobs(self, logprobs: Sequence[Logprobs], text_offset: int) -> Json | None:
+        """Of some tokens in a row; null when none were asked for."""
+        if not logprobs:
+            return None
+        if self.is_chat:
+            return chat_logprobs(logprobs)
+        return completion_logprobs(logprobs, text_offset)
+
 
 COMPLETION = Format("cmpl-", "text_completion", "text_completion", is_chat=False)
 CHAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", is_chat=True)
@@ -42,10 +51,12 @@ CHAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", is_chat=T
 
 @dataclass
 class Choice:
-    """One prompt's answer, gathered from its events."""
+    """One generation's answer, gathered from its events."""
 
     text: str = ""
     levels: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    num_characters: int = 0  # that begin in the tokens with logprobs
     finished: Finished | None = None
 
     def add(self, event: GenerationEvent) -> None:
@@ -55,25 +66,33 @@ class Choice:
             case Token():
                 self.text += event.text
                 self.levels.append(event.level)
+                if event.logprobs is not None:
+                    self.logprobs.append(event.logprobs)
+                    self.num_characters += num_characters(event.logprobs.chosen)
             case Finished():
                 self.text += event.text
                 self.finished = event
 
 
 class Answer:
-    """One reply, whole or in chunks; its id is that of the first of its requests to start."""
+    """One reply, whole or in chunks; its id is that of the first of its requests to start.
 
-    def __init__(self, style: Format, created: int, num_choices: int) -> None:
+    It has `num_choices` choices for each prompt, those of the first prompt first.
+    """
+
+    def __init__(self, style: Format, created: int, num_prompts: int, num_choices: int = 1) -> None:
         self._style = style
         self._created = created
         self._head: Json = {}
-        self._choices = [Choice() for _ in range(num_choices)]
+        self._num_per_prompt = num_choices
+        self._choices = [Choice() for _ in range(num_prompts * num_choices)]
 
     def add(self, index: int, event: GenerationEvent) -> list[Json]:
-        """Note an event of one of the prompts; returns the chunks that a stream sends for it."""
+        """Note an event of one of the choices; returns the chunks that a stream sends for it."""
         if isinstance(event, Started) and not self._head:
             self._head = {"id": self._style.id_prefix + event.request_id, "model": event.model}
         choice = self._choices[index]
+        text_offset = choice.num_characters
         choice.add(event)
         match event:
             case Started():
@@ -83,7 +102,9 @@ class Answer:
                 return [self._chunk(index, delta, event.level, None)]
             case Token():
                 text = self._style.chunk_text(event.text)
-                return [self._chunk(index, text, event.level, None)]
+                new = [] if event.logprobs is None else [event.logprobs]
+                logprobs = self._style.logprobs(new, text_offset)
+                return [self._chunk(index, text, event.level, None, logprobs)]
             case Finished():
                 level = choice.levels[-1] if choice.levels else None
                 text = self._style.chunk_text(event.text)
@@ -99,7 +120,7 @@ class Answer:
             {
                 "index": index,
                 **self._style.whole_text(choice.text),
-                "logprobs": None,
+                "logprobs": self._style.logprobs(choice.logprobs, 0),
                 "finish_reason": choice.finished.reason.value if choice.finished else None,
                 "level": choice.levels,
             }
@@ -109,12 +130,17 @@ class Answer:
         return {**reply, "choices": choices, "usage": self._usage()}
 
     def _chunk(
-        self, index: int, text: Json, level: int | None, reason: FinishReason | None
+        self,
+        index: int,
+        text: Json,
+        level: int | None,
+        reason: FinishReason | None,
+        logprobs: Json | None = None,
     ) -> Json:
         choice = {
             "index": index,
             **text,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": None if reason is None else reason.value,
             "level": level,
         }
@@ -124,15 +150,14 @@ class Answer:
         return {**self._head, "object": kind, "created": self._created}
 
     def _usage(self) -> Json:
-        return _usage([c.finished.usage for c in self._choices if c.finished is not None])
-
-
-def _usage(usages: Sequence[Usage]) -> Json:
-    num_prompt = sum(usage.num_prompt_tokens for usage in usages)
-    num_output = sum(usage.num_output_tokens for usage in usages)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_output,
-        "total_tokens": num_prompt + num_output,
-        "prompt_tokens_details": {"cached_tokens": sum(u.num_cached_tokens for u in usages)},
-    }
+        """Every choice's output, and each prompt once, as its first choice found it."""
+        usages = [None if c.finished is None else c.finished.usage for c in self._choices]
+        prompts = [usage for usage in usages[:: self._num_per_prompt] if usage is not None]
+        num_prompt = sum(usage.num_prompt_tokens for usage in prompts)
+        num_output = sum(usage.num_output_tokens for usage in usages if usage is not None)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": sum(u.num_cached_tokens for u in prompts)},
+        }

@@ -6,10 +6,12 @@ than it would give: these are refused by name, never dropped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from colm_serve.core import MAX_LOGPROBS
 from colm_serve.errors import InvalidArgument
 from colm_serve.router.request import (
     ChatMessage,
@@ -22,22 +24,13 @@ from colm_serve.router.request import (
 
 #: Unsupported fields, and the values at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "logit_bias": ({},),
     "echo": (False,),
     "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "use_beam_search": (False,),
-    "stop_token_ids": ([],),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
@@ -64,11 +57,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
 }
 
+#: Fields that a generation request has under the same name; null leaves them out.
+_SAME_NAME = (
+    "model", "temperature", "top_p", "top_k", "seed", "ignore_eos", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "min_tokens", "sla_class", "level", "min_level",
+    "max_level",
+)  # fmt: skip
+
+MAX_CHOICES = 16
+
 #: Better words than the checker's for fields that may be of several kinds.
 _ALLOWED = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
     "stop": "a string or a list of strings",
     "messages": "a list of messages, each with a role and text as its content",
+    "logit_bias": "an object of token ids, each with a number",
 }
 
 
@@ -92,6 +95,14 @@ class _GenerationBody(_Body):
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     sla_class: str | None = None
@@ -103,22 +114,28 @@ class _GenerationBody(_Body):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _request(self, prompt: Prompt, max_tokens: int | None) -> GenerationRequest:
+    @property
+    def num_choices(self) -> int:
+        """`n`; raises InvalidArgument when it is not allowed."""
+        if self.n is None:
+            return 1
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise InvalidArgument("n", self.n, f"1 to {MAX_CHOICES}")
+        return self.n
+
+    def _request(
+        self, prompt: Prompt, max_tokens: int | None, logprobs: int | None
+    ) -> GenerationRequest:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        values = {name: getattr(self, name) for name in _SAME_NAME}
         return GenerationRequest(
             prompt=prompt,
-            model=self.model,
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=0 if self.top_k is None else self.top_k,
-            seed=self.seed,
-            ignore_eos=bool(self.ignore_eos),
             stop=tuple(stop),
-            sla_class=self.sla_class,
-            level=self.level,
-            min_level=self.min_level,
-            max_level=self.max_level,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=_logit_bias(self.logit_bias or {}),
+            logprobs=logprobs,
+            **{name: value for name, value in values.items() if value is not None},
         )
 
 
@@ -126,10 +143,11 @@ class CompletionBody(_GenerationBody):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
 
     def requests(self) -> list[GenerationRequest]:
         """One request for each prompt; raises InvalidArgument when there is none."""
-        return [self._request(prompt, self.max_tokens) for prompt in self._prompts()]
+        return [self._request(prompt, self.max_tokens, self.logprobs) for prompt in self._prompts()]
 
     def _prompts(self) -> list[Prompt]:
         if isinstance(self.prompt, str):
@@ -167,11 +185,23 @@ class ChatBody(_GenerationBody):
 
     messages: list[MessageBody]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     def requests(self) -> list[GenerationRequest]:
         prompt = ChatPrompt(tuple(message.message() for message in self.messages))
         max_tokens = self.max_completion_tokens
-        return [self._request(prompt, self.max_tokens if max_tokens is None else max_tokens)]
+        max_tokens = self.max_tokens if max_tokens is None else max_tokens
+        return [self._request(prompt, max_tokens, self._num_logprobs)]
+
+    @property
+    def _num_logprobs(self) -> int | None:
+        num_top = self.top_logprobs or 0
+        if not 0 <= num_top <= MAX_LOGPROBS:
+            raise InvalidArgument("top_logprobs", num_top, f"0 to {MAX_LOGPROBS}")
+        if num_top and not self.logprobs:
+            raise InvalidArgument("top_logprobs", num_top, "0 unless logprobs is true")
+        return num_top if self.logprobs else None
 
 
 Body = TypeVar("Body", bound=_GenerationBody)
@@ -193,6 +223,13 @@ def read_body(kind: type[Body], raw: bytes) -> Body:
             shown = " or ".join(map(repr, neutral)) or "none"
             raise InvalidArgument(field, value, f"{shown}: this server does not support it")
     return body
+
+
+def _logit_bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    for token_id in given:
+        if not (token_id.isascii() and token_id.isdigit()):
+            raise InvalidArgument("logit_bias", token_id, "token ids as keys")
+    return tuple(sorted({int(token_id): bias for token_id, bias in given.items()}.items()))
 
 
 def _is_same(value: object, neutral: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colm_serve.core import FinishReason, StageTimings
+from colm_serve.core import FinishReason, Logprobs, StageTimings
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,14 @@ class GenerationRequest:
     top_k: int = 0
     seed: int | None = None
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
     stop: tuple[str, ...] = ()
     sla_class: str | None = None
     level: int | None = None
@@ -79,6 +87,7 @@ class Token:
     token_id: int
     text: str
     level: int
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Router:
         self.view = ClusterView(model.kv_identity)
         self._validator = Validator(model, tokenizer, config.sla_classes, config.default_sla_class)
         self._decode_text = None if tokenizer is None else tokenizer.decode
+        self._token_bytes = _unknown if tokenizer is None else tokenizer.token_bytes
         self._policy = policy
         self._clock = clock
         self._patience_s = patience_s
@@ -132,8 +133,10 @@ class Router:
     async def _open(self, request: GenerationRequest, lifecycle: Lifecycle) -> RunningRequest:
         checked = await self._validator.check(request)
         request_id = uuid.uuid4().hex
-        detokenizer = Detokenizer(self._decode_text, checked.stop)
-        running = RunningRequest(request_id, checked, self.model, detokenizer, lifecycle)
+        detokenizer = Detokenizer(self._decode_text, checked.stop, checked.sampling.min_tokens)
+        running = RunningRequest(
+            request_id, checked, self.model, detokenizer, self._token_bytes, lifecycle
+        )
         self._running[request_id] = running
         return running
 
@@ -223,3 +226,8 @@ class Router:
         if running.num_attempts >= self._max_attempts:
             raise error
         self._metrics.failed_over()
+
+
+def _unknown(token_id: int) -> bytes:
+    """The bytes of a token where there is no tokenizer."""
+    return b""

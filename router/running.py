@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from colm_serve.core import (
@@ -10,8 +11,10 @@ from colm_serve.core import (
     DecodedToken,
     DecodeRequest,
     FinishReason,
+    Logprobs,
     Member,
     StageTimings,
+    TokenLogprob,
 )
 from colm_serve.router.detokenizer import Detokenizer, Piece
 from colm_serve.router.lifecycle import Lifecycle, Stage
@@ -32,6 +35,7 @@ class RunningRequest:
         checked: CheckedRequest,
         model: ModelFacts,
         detokenizer: Detokenizer,
+        token_bytes: Callable[[int], bytes],
         lifecycle: Lifecycle,
     ) -> None:
         self.request_id = request_id
@@ -44,6 +48,8 @@ class RunningRequest:
         self.is_stopped = False
         self._model = model
         self._detokenizer = detokenizer
+        self._token_bytes = token_bytes
+        self._ending_token_ids = checked.sampling.ending_token_ids(model.eos_token_ids)
         self._output: list[int] = []
         self._level: int | None = None
         self._is_level_set = False
@@ -85,14 +91,16 @@ class RunningRequest:
         self._level = placement.level
         self.lifecycle.reach(Stage.PLACED)
         prompt, max_tokens = self._prompt, self._max_tokens
+        min_tokens = max(0, self.checked.sampling.min_tokens - len(self._output))
         request = DecodeRequest(
             request_id=self.request_id,
             prompt=prompt,
             level=placement.level,
             # Draws are keyed by (seed, position), so they continue where they were.
-            sampling=replace(self.checked.sampling, max_tokens=max_tokens),
+            sampling=replace(self.checked.sampling, max_tokens=max_tokens, min_tokens=min_tokens),
             prefill_addresses=tuple(member.address for member in placement.prefill),
             kv_identity=self._model.kv_identity,
+            num_resumed_tokens=len(self._output),
         )
         return request, Work(placement.level, len(prompt), max_tokens, self.checked.tpot_s)
 
@@ -116,7 +124,8 @@ class RunningRequest:
         self._output.append(event.token_id)
         piece = self._detokenizer.push(event.token_id)
         self.is_stopped = piece.is_stop
-        return Token(event.token_id, piece.text, event.level)
+        logprobs = None if event.logprobs is None else self._with_bytes(event.logprobs)
+        return Token(event.token_id, piece.text, event.level, logprobs)
 
     def reason_to_end(self) -> FinishReason | None:
         """Why no more tokens are owed, should the decode worker be gone before it said so."""
@@ -124,7 +133,7 @@ class RunningRequest:
             return FinishReason.STOP
         if not self._output:
             return None
-        if self._output[-1] in self._model.eos_token_ids and not self.checked.sampling.ignore_eos:
+        if self._output[-1] in self._ending_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self._max_tokens == 0 else None
 
@@ -147,6 +156,12 @@ class RunningRequest:
             timings=replace(timings, ttft_s=ttft_s),
             text=piece.text,
         )
+
+    def _with_bytes(self, logprobs: Logprobs) -> Logprobs:
+        def with_bytes(entry: TokenLogprob) -> TokenLogprob:
+            return replace(entry, token=self._token_bytes(entry.token_id))
+
+        return Logprobs(with_bytes(logprobs.chosen), tuple(map(with_bytes, logprobs.top)))
 
     @property
     def _prompt(self) -> tuple[int, ...]:

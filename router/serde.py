@@ -21,6 +21,8 @@ from colm_serve.router.request import (
 from colm_serve.transport.serde import (
     finish_reason_from_proto,
     finish_reason_to_proto,
+    logprobs_from_proto,
+    logprobs_to_proto,
     timings_from_proto,
     timings_to_proto,
 )
@@ -38,6 +40,14 @@ def request_to_proto(request: GenerationRequest) -> generation_pb2.GenerateReque
                 seed=request.seed,
                 max_tokens=request.max_tokens,
                 ignore_eos=request.ignore_eos,
+                min_p=request.min_p,
+                repetition_penalty=request.repetition_penalty,
+                presence_penalty=request.presence_penalty,
+                frequency_penalty=request.frequency_penalty,
+                logit_bias=dict(request.logit_bias),
+                stop_token_ids=request.stop_token_ids,
+                min_tokens=request.min_tokens,
+                logprobs=request.logprobs,
             ),
             stop=request.stop,
             sla_class=request.sla_class,
@@ -76,6 +86,16 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationReq
         top_k=sampling.top_k,
         seed=sampling.seed if sampling.HasField("seed") else None,
         ignore_eos=sampling.ignore_eos,
+        min_p=sampling.min_p,
+        repetition_penalty=(
+            sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+        ),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        min_tokens=sampling.min_tokens,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         stop=tuple(message.stop),
         sla_class=message.sla_class or None,
         level=message.level if message.HasField("level") else None,
@@ -105,7 +125,10 @@ def event_to_proto(event: GenerationEvent) -> generation_pb2.GenerateEvent:
             return generation_pb2.GenerateEvent(started=started)
         case Token():
             token = generation_pb2.Token(
-                token_id=event.token_id, text=event.text, level=event.level
+                token_id=event.token_id,
+                text=event.text,
+                level=event.level,
+                logprobs=logprobs_to_proto(event.logprobs),
             )
             return generation_pb2.GenerateEvent(token=token)
         case Finished():
@@ -130,7 +153,9 @@ def event_from_proto(message: generation_pb2.GenerateEvent) -> GenerationEvent:
             started = message.started
             return Started(started.request_id, started.model, started.level)
         case "token":
-            return Token(message.token.token_id, message.token.text, message.token.level)
+            token = message.token
+            logprobs = logprobs_from_proto(token.logprobs) if token.HasField("logprobs") else None
+            return Token(token.token_id, token.text, token.level, logprobs)
         case "finished":
             finished = message.finished
             return Finished(

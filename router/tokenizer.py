@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from colm_serve.errors import CheckpointError, InvalidArgument
 from colm_serve.router.request import ChatMessage
+from colm_serve.router.token_bytes import REPLACEMENT, piece_bytes
 
 
 class Tokenizer:
@@ -22,6 +24,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._special = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token")}
         self._template = _chat_template(settings.get("chat_template"))
+        self._cached_bytes = functools.lru_cache(maxsize=16384)(self._find_bytes)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -73,6 +76,20 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out; U+FFFD stands for bytes that are not UTF-8."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, special ones too; part of a UTF-8 character perhaps."""
+        return self._cached_bytes(token_id)
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        # Some decoders drop the space that begins a text, so the token is looked at in its middle.
+        once, twice = (
+            str(self._tokenizer.decode([token_id] * count, skip_special_tokens=False))
+            for count in (1, 2)
+        )
+        if REPLACEMENT not in once:
+            return twice[len(once) :].encode("utf-8")
+        return piece_bytes(str(self._tokenizer.id_to_token(token_id)))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class Validator:
                 f"{num_prompt_tokens}"
             )
             raise InvalidArgument("max_tokens", max_tokens, allowed)
-        return SamplingParams(
+        sampling = SamplingParams(
             max_tokens=max_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
@@ -176,7 +176,17 @@ class Validator:
             top_k=min(request.top_k, self._model.vocab_size),
             seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
             ignore_eos=request.ignore_eos,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=request.logit_bias,
+            stop_token_ids=request.stop_token_ids,
+            min_tokens=request.min_tokens,
+            logprobs=request.logprobs,
         )
+        sampling.check_vocabulary(self._model.vocab_size, self._model.eos_token_ids)
+        return sampling
 
 
 def _check_roles(messages: tuple[ChatMessage, ...]) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from colm_serve.config import DecodeConfig, PrefillConfig
-from colm_serve.core import SamplingParams
+from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.decode_worker.service import DecodeService
 from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.engine.loading import load_for_serving
+from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.sampler import sample
 from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.config import ColmConfig
@@ -80,11 +81,19 @@ def generate_alone(
     """Tokens of the whole model in one process, without pages or cache: token i at levels[i]."""
     model = whole_model(folder)
     tokens = list(prompt)
+    request = DecodeRequest("alone", prompt, levels[0], sampling, (), "")
+    processor = LogitsProcessor.make(request, tokens, model.config.eos_token_ids)
     for level in levels:
-        x_TD = model.hidden_states(torch.tensor([tokens]), [level])[-1:]
-        logits_TV = model.logits(x_TD, [1] * level)
-        tokens += sample(logits_TV, [sampling], [len(tokens)])
+        logits_TV = next_logits(model, tokens, level)
+        tokens += sample(logits_TV, [sampling], [len(tokens)], [processor]).tokens
     return tokens[len(prompt) :]
+
+
+@torch.inference_mode()
+def next_logits(model: ColmModel, tokens: Sequence[int], level: int) -> torch.Tensor:
+    """[1, V] scores of the token after `tokens`, from a forward over all of them."""
+    x_TD = model.hidden_states(torch.tensor([tokens]), [level])[-1:]
+    return model.logits(x_TD, [1] * level)
 
 
 @contextmanager

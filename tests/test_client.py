@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from colm_serve.client import AsyncClient, Client, Finished, GenerationEvent, Started, Token
-from colm_serve.core import FinishReason
+from colm_serve.core import FinishReason, SamplingParams
 from colm_serve.errors import DeadlineExceeded, InvalidArgument, Unavailable, UnknownModel
 from tests.router.cluster import MODEL, scripted_cluster, trained_tokenizer
 from tests.router.scripted import Script, continuation
@@ -49,6 +49,14 @@ async def test_every_option_arrives(tmp_path: Path) -> None:
             top_k=7,
             seed=11,
             ignore_eos=True,
+            min_p=0.125,
+            repetition_penalty=1.25,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            logit_bias={7: 1.5, 5: -2},
+            stop_token_ids=[299],
+            min_tokens=2,
+            logprobs=3,
             stop=["never"],
             min_level=1,
             max_level=2,
@@ -59,9 +67,22 @@ async def test_every_option_arrives(tmp_path: Path) -> None:
         request = cluster.worker.requests[0]
         assert list(request.prompt) == trained_tokenizer().encode("<|user|>hi<|assistant|>").ids
         assert request.level == 2
-        sampling = request.sampling
-        assert (sampling.max_tokens, sampling.seed, sampling.top_k) == (3, 11, 7)
-        assert (sampling.temperature, sampling.top_p, sampling.ignore_eos) == (0.5, 0.25, True)
+        assert request.sampling == SamplingParams(
+            max_tokens=3,
+            temperature=0.5,
+            top_p=0.25,
+            top_k=7,
+            seed=11,
+            ignore_eos=True,
+            min_p=0.125,
+            repetition_penalty=1.25,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            logit_bias=((5, -2.0), (7, 1.5)),
+            stop_token_ids=(299,),
+            min_tokens=2,
+            logprobs=3,
+        )
 
 
 async def test_set_level_and_status_of_the_blocking_client(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from colm_serve.core import SamplingParams, StepCost
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.logits_processor import LogitsProcessor
+from colm_serve.engine.sampler import Sampled, sample
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.paged import PagedContext, Span
 from colm_serve.model.transformer import ColmModel, level_rows
@@ -25,11 +26,12 @@ class StepRow:
     level: int
     table: BlockTable
     sampling: SamplingParams
+    processor: LogitsProcessor | None = None
 
 
 @torch.inference_mode()
-def run_step(model: ColmModel, pool: KvPool, rows: Sequence[StepRow]) -> list[int]:
-    """The next token id of each row; each row's own K and V are put into its pages.
+def run_step(model: ColmModel, pool: KvPool, rows: Sequence[StepRow]) -> Sampled:
+    """The next token of each row; each row's own K and V are put into its pages.
 
     Args:
         model: must hold every level asked for.
@@ -42,7 +44,12 @@ def run_step(model: ColmModel, pool: KvPool, rows: Sequence[StepRow]) -> list[in
     positions = torch.tensor([row.position for row in rows], device=device)
     x_TD = model(tokens, positions, num_rows, PagedContext(model.config, pool, spans))
     logits_TV = model.logits(x_TD, num_rows)
-    return sample(logits_TV, [row.sampling for row in rows], [row.position + 1 for row in rows])
+    return sample(
+        logits_TV,
+        [row.sampling for row in rows],
+        [row.position + 1 for row in rows],
+        [row.processor for row in rows],
+    )
 
 
 def measure_step_cost(model: ColmModel, pool: KvPool, max_rows: int, repeats: int = 5) -> StepCost:

@@ -88,5 +88,5 @@ def decode(
     tokens = list(prompt)
     for level in levels:
         row = StepRow(tokens[-1], len(tokens) - 1, level, table, sampling)
-        tokens += run_step(model, pool, [row])
+        tokens += run_step(model, pool, [row]).tokens
     return tokens[len(prompt) :]

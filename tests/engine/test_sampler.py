@@ -17,7 +17,7 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, 2.5])
 
 def draws(sampling: SamplingParams, num_draws: int, logits: torch.Tensor = LOGITS) -> list[int]:
     rows = logits.expand(num_draws, -1)
-    return sample(rows, [sampling] * num_draws, list(range(num_draws)))
+    return sample(rows, [sampling] * num_draws, list(range(num_draws))).tokens
 
 
 def test_temperature_zero_takes_the_best() -> None:
@@ -40,6 +40,16 @@ def test_temperature_zero_takes_the_best() -> None:
         # Top-p counts the mass of what top-k left.
         (SamplingParams(1, top_k=2, top_p=0.6), {1}),
         (SamplingParams(1, temperature=2.0, top_p=0.4), {1, 4}),
+        # Shares of token 1's probability: 4 has 0.61, 2 0.37, 0 0.14, 3 0.05.
+        (SamplingParams(1, min_p=1.0), {1}),
+        (SamplingParams(1, min_p=0.62), {1}),
+        (SamplingParams(1, min_p=0.6), {1, 4}),
+        (SamplingParams(1, min_p=0.1), {0, 1, 2, 4}),
+        (SamplingParams(1, min_p=0.0), {0, 1, 2, 3, 4}),
+        # Min-p follows temperature, and top-p counts the mass of what it left.
+        (SamplingParams(1, temperature=2.0, min_p=0.61), {1, 4}),
+        (SamplingParams(1, min_p=0.6, top_p=0.6), {1}),
+        (SamplingParams(1, min_p=0.1, top_k=2), {1, 4}),
     ],
 )
 def test_filters_leave_exactly_the_likeliest(sampling: SamplingParams, allowed: set[int]) -> None:
@@ -79,9 +89,9 @@ def test_a_row_does_not_depend_on_the_others(seed: int, position: int) -> None:
     logits_BV = torch.randn(3, 17, generator=generator) * 3
     mine = SamplingParams(1, temperature=0.9, top_p=0.9, seed=seed)
     others = [SamplingParams(1, temperature=0), SamplingParams(1, top_k=3, seed=seed + 1)]
-    alone = sample(logits_BV[:1], [mine], [position])
-    together = sample(logits_BV, [mine, *others], [position, 3, 4])
-    turned = sample(logits_BV.flip(0), [*others, mine], [3, 4, position])
+    alone = sample(logits_BV[:1], [mine], [position]).tokens
+    together = sample(logits_BV, [mine, *others], [position, 3, 4]).tokens
+    turned = sample(logits_BV.flip(0), [*others, mine], [3, 4, position]).tokens
     assert alone == together[:1] == turned[2:]
 
 

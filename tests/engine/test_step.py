@@ -66,7 +66,7 @@ def test_rows_at_mixed_levels_equal_each_alone(folder: Path) -> None:
             StepRow(text[-1], len(text) - 1, level, table, sampling)
             for text, level, table, sampling in zip(texts, levels, tables, samplings, strict=True)
         ]
-        for text, token in zip(texts, run_step(model, pool, rows), strict=True):
+        for text, token in zip(texts, run_step(model, pool, rows).tokens, strict=True):
             text.append(token)
     for prompt, text, level, sampling in zip(prompts, texts, levels, samplings, strict=True):
         assert text[len(prompt) :] == generate_alone(folder, prompt, [level] * 6, sampling)

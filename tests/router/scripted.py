@@ -18,10 +18,12 @@ from colm_serve.core import (
     DecodeRequest,
     DecodeStatus,
     FinishReason,
+    Logprobs,
     Member,
     PrefillStatus,
     StageTimings,
     StepCost,
+    TokenLogprob,
     WorkerKind,
 )
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
@@ -49,6 +51,14 @@ def continuation(prompt: Sequence[int], num: int, seed: int, level: int) -> list
     for _ in range(num):
         tokens.append(next_token(tokens, seed, level))
     return tokens[len(prompt) :]
+
+
+def logprobs_of(token: int, num_top: int | None) -> Logprobs | None:
+    """The scripted model finds its token likeliest, then those with the next ids."""
+    if num_top is None:
+        return None
+    top = [TokenLogprob((token + i) % VOCAB_SIZE, -0.5 - i) for i in range(num_top)]
+    return Logprobs(TokenLogprob(token, -0.5), tuple(top))
 
 
 @dataclass
@@ -144,8 +154,9 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
             await self._follow(position, context)
             token = self._token(position, tokens, request.sampling.seed, level[0])
             tokens.append(token)
-            await context.write(serde.decode_event_to_proto(DecodedToken(token, level[0])))
-            if token == END_OF_TEXT and not request.sampling.ignore_eos:
+            event = DecodedToken(token, level[0], logprobs_of(token, request.sampling.logprobs))
+            await context.write(serde.decode_event_to_proto(event))
+            if token in request.sampling.ending_token_ids((END_OF_TEXT,)):
                 reason = FinishReason.STOP
                 break
         await self._fail(context, None if self.script.finishes else self.script.fail_with)

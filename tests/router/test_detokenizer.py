@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models
 
-from colm_serve.router.detokenizer import REPLACEMENT, Detokenizer, Piece, StopMatcher
+from colm_serve.router.detokenizer import Detokenizer, Piece, StopMatcher
+from colm_serve.router.token_bytes import REPLACEMENT
 from tests.router.cluster import trained_tokenizer
 from tests.router.scripted import VOCAB_SIZE
 
@@ -130,3 +131,10 @@ def test_a_stop_string_in_what_was_held_back_to_the_last_counts() -> None:
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
     assert pieces(Detokenizer(None), [1, 2]) == [Piece("")] * 3
+
+
+def test_stop_strings_count_from_min_tokens_on() -> None:
+    words = {1: "a stop ", 2: "then st", 3: "op, stop", 4: "never"}
+    detokenizer = Detokenizer(lambda ids: "".join(words[i] for i in ids), ["stop"], min_tokens=2)
+    got = [detokenizer.push(token_id) for token_id in (1, 2, 3)]
+    assert got == [Piece("a stop "), Piece("then st"), Piece("op, ", is_stop=True)]

@@ -59,6 +59,25 @@ BAD: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
     (sampled(top_k=-1), grpc.StatusCode.INVALID_ARGUMENT, "top_k"),
     (sampled(max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
     (sampled(max_tokens=128), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+    (sampled(min_p=1.1), grpc.StatusCode.INVALID_ARGUMENT, "min_p"),
+    (sampled(min_p=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "min_p"),
+    (sampled(repetition_penalty=0.0), grpc.StatusCode.INVALID_ARGUMENT, "repetition_penalty"),
+    (sampled(repetition_penalty=2.1), grpc.StatusCode.INVALID_ARGUMENT, "repetition_penalty"),
+    (sampled(presence_penalty=-2.1), grpc.StatusCode.INVALID_ARGUMENT, "presence_penalty"),
+    (sampled(frequency_penalty=2.1), grpc.StatusCode.INVALID_ARGUMENT, "frequency_penalty"),
+    (sampled(logit_bias={5: 100.5}), grpc.StatusCode.INVALID_ARGUMENT, "logit_bias[5]"),
+    (sampled(logit_bias={300: 1.0}), grpc.StatusCode.INVALID_ARGUMENT, "logit_bias"),
+    (
+        sampled(logit_bias=dict.fromkeys(range(301), 1.0)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "logit_bias",
+    ),
+    (sampled(stop_token_ids=[300]), grpc.StatusCode.INVALID_ARGUMENT, "stop_token_ids"),
+    (sampled(stop_token_ids=[5] * 65), grpc.StatusCode.INVALID_ARGUMENT, "stop_token_ids"),
+    (sampled(min_tokens=-1), grpc.StatusCode.INVALID_ARGUMENT, "min_tokens"),
+    (sampled(min_tokens=9, max_tokens=8), grpc.StatusCode.INVALID_ARGUMENT, "min_tokens"),
+    (sampled(logprobs=-1), grpc.StatusCode.INVALID_ARGUMENT, "logprobs"),
+    (sampled(logprobs=21), grpc.StatusCode.INVALID_ARGUMENT, "logprobs"),
 ]
 
 

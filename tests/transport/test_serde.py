@@ -16,12 +16,14 @@ from colm_serve.core import (
     DecodeStatus,
     FinishReason,
     KvLayout,
+    Logprobs,
     MoveLevel,
     PrefillRequest,
     PrefillStatus,
     SamplingParams,
     StageTimings,
     StepCost,
+    TokenLogprob,
 )
 from colm_serve.errors import InvalidArgument
 from colm_serve.proto.colm.v1 import common_pb2, decode_pb2, prefill_pb2
@@ -40,16 +42,29 @@ samplings = st.builds(
     top_k=st.integers(0, 2**31 - 1),
     seed=st.integers(0, MAX_SEED),
     ignore_eos=st.booleans(),
+    min_p=st.floats(0, 1, width=32),
+    repetition_penalty=st.floats(0, 2, width=32, exclude_min=True),
+    presence_penalty=st.floats(-2, 2, width=32),
+    frequency_penalty=st.floats(-2, 2, width=32),
+    logit_bias=st.dictionaries(uint32, st.floats(-100, 100, width=32), max_size=9).map(
+        lambda biases: tuple(sorted(biases.items()))
+    ),
+    stop_token_ids=st.lists(uint32, max_size=64).map(tuple),
+    min_tokens=st.integers(0, 1),
+    logprobs=st.none() | st.integers(0, 20),
 )
+token_logprobs = st.builds(TokenLogprob, uint32, st.floats(-1e9, 0, width=32), st.binary())
+logprobs = st.builds(Logprobs, token_logprobs, st.lists(token_logprobs, max_size=3).map(tuple))
 layouts = st.builds(KvLayout, uint32, uint32, uint32, st.text())
 timings = st.builds(StageTimings, seconds, seconds, seconds, seconds, seconds)
 decode_requests = st.builds(
-    DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(st.text()).map(tuple), st.text()
-)
+    DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(st.text()).map(tuple), st.text(),
+    uint32,
+)  # fmt: skip
 prefill_requests = st.builds(PrefillRequest, st.text(), tokens, uint32, st.text(), layouts)
 events: st.SearchStrategy[DecodeEvent] = st.one_of(
     st.builds(Admitted, uint32),
-    st.builds(DecodedToken, uint32, uint32),
+    st.builds(DecodedToken, uint32, uint32, st.none() | logprobs),
     st.builds(Decoded, st.sampled_from(FinishReason), uint32, uint32, timings),
 )
 step_costs = st.builds(

@@ -15,20 +15,22 @@ class DecodeControl(_message.Message):
     def __init__(self, start: _Optional[_Union[DecodeStart, _Mapping]] = ..., move_level: _Optional[_Union[MoveLevel, _Mapping]] = ...) -> None: ...
 
 class DecodeStart(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_addresses", "kv_identity")
+    __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_addresses", "kv_identity", "num_resumed_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     KV_IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     level: int
     sampling: _common_pb2.SamplingParams
     prefill_addresses: _containers.RepeatedScalarFieldContainer[str]
     kv_identity: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., level: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefill_addresses: _Optional[_Iterable[str]] = ..., kv_identity: _Optional[str] = ...) -> None: ...
+    num_resumed_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., level: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefill_addresses: _Optional[_Iterable[str]] = ..., kv_identity: _Optional[str] = ..., num_resumed_tokens: _Optional[int] = ...) -> None: ...
 
 class MoveLevel(_message.Message):
     __slots__ = ("level",)
@@ -53,12 +55,14 @@ class Admitted(_message.Message):
     def __init__(self, num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class DecodedToken(_message.Message):
-    __slots__ = ("token_id", "level")
+    __slots__ = ("token_id", "level", "logprobs")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     level: int
-    def __init__(self, token_id: _Optional[int] = ..., level: _Optional[int] = ...) -> None: ...
+    logprobs: _common_pb2.Logprobs
+    def __init__(self, token_id: _Optional[int] = ..., level: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.Logprobs, _Mapping]] = ...) -> None: ...
 
 class Decoded(_message.Message):
     __slots__ = ("reason", "num_cached_tokens", "num_shipped_tokens", "timings")

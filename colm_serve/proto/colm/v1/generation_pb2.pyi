@@ -71,14 +71,16 @@ class Started(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., level: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("token_id", "text", "level")
+    __slots__ = ("token_id", "text", "level", "logprobs")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     text: str
     level: int
-    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., level: _Optional[int] = ...) -> None: ...
+    logprobs: _common_pb2.Logprobs
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., level: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.Logprobs, _Mapping]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("reason", "usage", "timings", "text")

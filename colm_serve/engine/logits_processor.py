@@ -1,0 +1,61 @@
+"""What one request asks to be done to the model's scores before a token is chosen from them.
+
+In order: logit bias, penalties, and no token that ends the text before `min_tokens`.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from colm_serve.core import DecodeRequest
+from colm_serve.engine.penalties import Penalties
+
+
+class LogitsProcessor:
+    """The rules of one sequence; most requests have none, and then `make` gives None."""
+
+    def __init__(
+        self, request: DecodeRequest, tokens: Sequence[int], eos_token_ids: Iterable[int]
+    ) -> None:
+        sampling = request.sampling
+        self._tokens = tokens
+        self._bias = sampling.logit_bias
+        self._num_before_end = len(request.prompt) + sampling.min_tokens
+        self._ending = sorted(sampling.ending_token_ids(eos_token_ids))
+        self._penalties: Penalties | None = None
+        if Penalties.apply_to(sampling):
+            num_prompt_tokens = len(request.prompt) - request.num_resumed_tokens
+            self._penalties = Penalties(sampling, tokens, num_prompt_tokens)
+
+    @classmethod
+    def make(
+        cls, request: DecodeRequest, tokens: Sequence[int], eos_token_ids: Iterable[int]
+    ) -> LogitsProcessor | None:
+        """The rules of a request, or None when it leaves the scores as they are.
+
+        Args:
+            tokens: the sequence's own list, prompt first, to which its tokens will be added.
+        """
+        sampling = request.sampling
+        if sampling.logit_bias or sampling.min_tokens or Penalties.apply_to(sampling):
+            return cls(request, tokens, eos_token_ids)
+        return None
+
+    def process(self, logits_V: Tensor) -> Tensor:
+        """The scores to choose the next token from, in fp32; `logits_V` stays as it is."""
+        logits_V = logits_V.float()
+        if self._bias:
+            logits_V = logits_V.clone()
+            token_ids, biases = zip(*self._bias, strict=True)
+            logits_V[list(token_ids)] += torch.tensor(biases, device=logits_V.device)
+        if self._penalties is not None:
+            logits_V = self._penalties.apply(logits_V)
+        if len(self._tokens) < self._num_before_end and self._ending:
+            logits_V = logits_V.clone()
+            logits_V[self._ending] = float("-inf")
+        return logits_V

@@ -1,0 +1,133 @@
+"""The messages that several services share."""
+
+from __future__ import annotations
+
+from colm_serve.core import (
+    FinishReason,
+    KvLayout,
+    Logprobs,
+    SamplingParams,
+    StageTimings,
+    TokenLogprob,
+)
+from colm_serve.proto.colm.v1 import common_pb2
+
+_REASONS = {
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+_REASONS_BACK = {value: key for key, value in _REASONS.items()}
+
+
+def sampling_from_proto(
+    message: common_pb2.SamplingParams, *, max_tokens: int, seed: int
+) -> SamplingParams:
+    """Read sampling parameters; `max_tokens` and `seed` stand in where the message has none.
+
+    Raises:
+        InvalidArgument: a value that is not allowed.
+    """
+    return SamplingParams(
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else max_tokens,
+        temperature=message.temperature if message.HasField("temperature") else 1.0,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        top_k=message.top_k,
+        seed=message.seed if message.HasField("seed") else seed,
+        ignore_eos=message.ignore_eos,
+        min_p=message.min_p,
+        repetition_penalty=(
+            message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
+        ),
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        stop_token_ids=tuple(message.stop_token_ids),
+        min_tokens=message.min_tokens,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
+    return common_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        ignore_eos=sampling.ignore_eos,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        stop_token_ids=sampling.stop_token_ids,
+        min_tokens=sampling.min_tokens,
+        logprobs=sampling.logprobs,
+    )
+
+
+def finish_reason_to_proto(reason: FinishReason) -> common_pb2.FinishReason:
+    return _REASONS[reason]
+
+
+def finish_reason_from_proto(reason: common_pb2.FinishReason) -> FinishReason:
+    return _REASONS_BACK[reason]
+
+
+def timings_to_proto(timings: StageTimings) -> common_pb2.StageTimings:
+    return common_pb2.StageTimings(
+        queue_s=timings.queue_s,
+        prefill_s=timings.prefill_s,
+        first_step_s=timings.first_step_s,
+        decode_s=timings.decode_s,
+        ttft_s=timings.ttft_s,
+    )
+
+
+def timings_from_proto(message: common_pb2.StageTimings) -> StageTimings:
+    return StageTimings(
+        queue_s=message.queue_s,
+        prefill_s=message.prefill_s,
+        first_step_s=message.first_step_s,
+        decode_s=message.decode_s,
+        ttft_s=message.ttft_s,
+    )
+
+
+def layout_to_proto(layout: KvLayout) -> common_pb2.KvLayout:
+    return common_pb2.KvLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+    )
+
+
+def layout_from_proto(message: common_pb2.KvLayout) -> KvLayout:
+    return KvLayout(message.num_layers, message.num_kv_heads, message.head_dim, message.dtype)
+
+
+def logprobs_to_proto(logprobs: Logprobs | None) -> common_pb2.Logprobs | None:
+    if logprobs is None:
+        return None
+    return common_pb2.Logprobs(
+        chosen=_token_logprob_to_proto(logprobs.chosen),
+        top=[_token_logprob_to_proto(entry) for entry in logprobs.top],
+    )
+
+
+def logprobs_from_proto(message: common_pb2.Logprobs) -> Logprobs:
+    return Logprobs(
+        _token_logprob_from_proto(message.chosen),
+        tuple(_token_logprob_from_proto(entry) for entry in message.top),
+    )
+
+
+def _token_logprob_to_proto(entry: TokenLogprob) -> common_pb2.TokenLogprob:
+    return common_pb2.TokenLogprob(
+        token_id=entry.token_id, logprob=entry.logprob, token=entry.token
+    )
+
+
+def _token_logprob_from_proto(message: common_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(message.token_id, message.logprob, message.token)

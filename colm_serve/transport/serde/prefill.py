@@ -1,0 +1,55 @@
+"""The messages of colm.v1.PrefillService."""
+
+from __future__ import annotations
+
+from colm_serve.core import PrefillRequest, PrefillStatus
+from colm_serve.proto.colm.v1 import prefill_pb2
+from colm_serve.transport.serde.common import layout_from_proto, layout_to_proto
+
+
+def prefill_request_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequest:
+    return prefill_pb2.PrefillRequest(
+        request_id=request.request_id,
+        token_ids=request.tokens,
+        ship_from=request.ship_from,
+        kv_identity=request.kv_identity,
+        layout=layout_to_proto(request.layout),
+    )
+
+
+def prefill_request_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRequest:
+    return PrefillRequest(
+        request_id=message.request_id,
+        tokens=tuple(message.token_ids),
+        ship_from=message.ship_from,
+        kv_identity=message.kv_identity,
+        layout=layout_from_proto(message.layout),
+    )
+
+
+def prefill_status_to_proto(status: PrefillStatus) -> prefill_pb2.PrefillStatus:
+    return prefill_pb2.PrefillStatus(
+        worker_id=status.worker_id,
+        epoch=status.epoch,
+        kv_identity=status.kv_identity,
+        num_running=status.num_running,
+        num_waiting=status.num_waiting,
+        num_queued_tokens=status.num_queued_tokens,
+        tokens_per_s=status.tokens_per_s,
+        num_free_pages=status.num_free_pages,
+        num_pages=status.num_pages,
+    )
+
+
+def prefill_status_from_proto(message: prefill_pb2.PrefillStatus) -> PrefillStatus:
+    return PrefillStatus(
+        worker_id=message.worker_id,
+        epoch=message.epoch,
+        kv_identity=message.kv_identity,
+        num_running=message.num_running,
+        num_waiting=message.num_waiting,
+        num_queued_tokens=message.num_queued_tokens,
+        tokens_per_s=message.tokens_per_s,
+        num_free_pages=message.num_free_pages,
+        num_pages=message.num_pages,
+    )

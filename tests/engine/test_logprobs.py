@@ -1,0 +1,75 @@
+"""Logprobs of chosen and of likeliest tokens, and the edge where a draw meets the whole mass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colm_serve.core import DecodeRequest, SamplingParams
+from colm_serve.engine import sampler
+from colm_serve.engine.logits_processor import LogitsProcessor
+from colm_serve.engine.sampler import sample
+
+
+def scores(num_rows: int, vocab_size: int = 40, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, vocab_size, generator=generator) * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("num_top", [0, 1, 5, 20])
+def test_they_are_the_log_softmax_of_the_models_scores(temperature: float, num_top: int) -> None:
+    logits_BV = scores(1)
+    asked = SamplingParams(
+        1, temperature=temperature, top_k=3, logit_bias=((7, 100.0),), logprobs=num_top
+    )
+    request = DecodeRequest("r", (1,), 1, asked, (), "")
+    processor = LogitsProcessor.make(request, [1], ())
+    sampled = sample(logits_BV, [asked], [1], [processor])
+    expected = torch.log_softmax(logits_BV[0].double(), dim=0)
+    got = sampled.logprobs[0]
+    assert sampled.tokens == [7], "biased"
+    assert got.chosen.token_id == 7
+    assert got.chosen.logprob == pytest.approx(float(expected[7]), abs=1e-5)
+    best = expected.argsort(descending=True)[:num_top].tolist()
+    assert [entry.token_id for entry in got.top] == best
+    for entry in got.top:
+        assert entry.logprob == pytest.approx(float(expected[entry.token_id]), abs=1e-5)
+
+
+def test_a_vocabulary_may_be_smaller_than_the_number_asked() -> None:
+    sampled = sample(scores(1, vocab_size=3), [SamplingParams(1, logprobs=20)], [1])
+    assert len(sampled.logprobs[0].top) == 3
+
+
+def test_only_rows_that_ask_have_them() -> None:
+    plain, asked = SamplingParams(1), SamplingParams(1, logprobs=0)
+    assert sample(scores(2), [plain, plain], [1, 1]).logprobs == {}
+    assert list(sample(scores(3), [plain, asked, plain], [1] * 3).logprobs) == [1]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**16), st.integers(0, 20), st.booleans())
+def test_a_rows_do_not_depend_on_the_others(seed: int, num_top: int, has_ties: bool) -> None:
+    logits_BV = scores(3, seed=seed)
+    if has_ties:
+        logits_BV = logits_BV.round()
+    mine = SamplingParams(1, seed=seed, logprobs=num_top)
+    others = [SamplingParams(1, temperature=0, logprobs=20), SamplingParams(1)]
+    alone = sample(logits_BV[:1], [mine], [9])
+    together = sample(logits_BV, [mine, *others], [9, 3, 4])
+    turned = sample(logits_BV.flip(0), [*others, mine], [3, 4, 9])
+    assert alone.tokens[0] == together.tokens[0] == turned.tokens[2]
+    assert alone.logprobs[0] == together.logprobs[0] == turned.logprobs[2]
+
+
+def test_a_draw_of_the_whole_mass_takes_no_token_without_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounding can bring the draw up to the mass itself; masked tokens come after it."""
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: 1.0)
+    masked = float("-inf")
+    logits_BV = torch.tensor([[1.0, masked, 2.0, masked]])
+    assert sample(logits_BV, [SamplingParams(1)], [1]).tokens == [0]
