@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,17 +15,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from colm_serve.client import Client, Finished, Started, Token
+from colm_serve.client import Client, Finished, GenerationEvent, Started, Token
 from colm_serve.cluster.launch import Cluster
 from colm_serve.config import ClusterConfig
 from colm_serve.engine.loading import load_for_serving, make_pool
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
+from colm_serve.errors import InvalidArgument
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.transformer import ColmModel
+from colm_serve.router.request import Usage
 from colm_serve.training.report import Report
 
-PROMPT = '''def read_lines(path):
+PROMPT = '''"""Lines of text files."""
+
+import os
+
+
+def write_lines(path, lines):
+    """Write each line and a line end to a text file."""
+    with open(path, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\\n")
+
+
+def read_lines(path):
     """Return the lines of a text file without their line ends."""
 '''
 _LEVEL_STYLES = ("yellow", "cyan", "green", "magenta", "blue", "red")
@@ -33,10 +48,9 @@ _MOVE_EVERY = 12
 
 @dataclass(frozen=True)
 class LevelRun:
-    """What one level made of the prompt."""
+    """How one level served the prompt."""
 
-    level: int
-    text: str
+    usage: Usage
     ttft_s: float
     tokens_per_s: float
 
@@ -69,16 +83,19 @@ def show_levels(client: Client, folder: Path, model: ColmConfig, console: Consol
     """The same prompt at each level, one after another."""
     losses = {row.level: row.heldout_loss for row in Report.load(folder).levels}
     table = Table(title="One set of weights, one KV cache, every size")
-    for column in ("level", "active parameters", "TTFT ms", "tokens/s", "held-out loss"):
+    columns = ("level", "active parameters", "prompt KV", "TTFT ms", "tokens/s", "held-out loss")
+    for column in columns:
         table.add_column(column, justify="right")
-    for _ in client.generate(prompt=PROMPT, max_tokens=4, temperature=0):
-        pass  # the first request also warms the connections up
+    for _ in client.generate(prompt=f"# warm-up\n{PROMPT}", max_tokens=4, temperature=0):
+        pass  # opens connections, touches buffers
+    console.print(Text(PROMPT, style="dim"))
     for level in range(1, model.num_chains + 1):
         console.print(f"[bold]level {level}[/bold]")
         run = _run_level(client, level, console)
         table.add_row(
             str(level),
             f"{model.num_params(level):,}",
+            f"{run.usage.num_shipped_tokens} shipped, {run.usage.num_cached_tokens} cached",
             f"{run.ttft_s * 1e3:.1f}",
             f"{run.tokens_per_s:.0f}",
             f"{losses[level]:.3f}",
@@ -91,13 +108,10 @@ def show_level_move(client: Client, model: ColmConfig, console: Console) -> None
     console.print("\n[bold]One request, moved between levels while it runs[/bold]", end=" ")
     console.print(_legend(model.num_chains))
     request_id = ""
-    num_tokens = 0
-    line = Text(PROMPT, style="dim")
+    num_tokens, max_tokens = 0, 2 * _MOVE_EVERY * model.num_chains
+    line = Text()
     with console.status("generating"):
-        for event in client.generate(
-            prompt=PROMPT, max_tokens=4 * _MOVE_EVERY * model.num_chains // 2,
-            temperature=0, level=1, ignore_eos=True,
-        ):  # fmt: skip
+        for event in _generate(client, 1, max_tokens):
             match event:
                 case Started():
                     request_id = event.request_id
@@ -105,9 +119,10 @@ def show_level_move(client: Client, model: ColmConfig, console: Console) -> None
                     line.append(event.text, style=_style(event.level))
                     num_tokens += 1
                     if num_tokens % _MOVE_EVERY == 0:
-                        client.set_level(
-                            request_id, num_tokens // _MOVE_EVERY % model.num_chains + 1
-                        )
+                        level = num_tokens // _MOVE_EVERY % model.num_chains + 1
+                        # The cluster may have made the last token before we read this one.
+                        with suppress(InvalidArgument):
+                            client.set_level(request_id, level)
                 case Finished():
                     line.append(event.text)
     console.print(line)
@@ -140,23 +155,24 @@ def show_prefill(folder: Path, model: ColmConfig, console: Console) -> None:
 
 
 def _run_level(client: Client, level: int, console: Console) -> LevelRun:
-    console.print(Text(PROMPT, style="dim"), end="")
-    text, times = "", []
-    ttft_s = 0.0
-    for event in client.generate(
-        prompt=PROMPT, max_tokens=48, temperature=0, level=level, ignore_eos=True
-    ):
+    times: list[float] = []
+    for event in _generate(client, level, max_tokens=48):
         match event:
             case Token():
                 times.append(time.perf_counter())
-                text += event.text
                 console.print(Text(event.text, style=_style(level)), end="")
             case Finished():
-                text += event.text
                 console.print(Text(event.text, style=_style(level)))
-                ttft_s = event.timings.ttft_s
-    gaps = [b - a for a, b in pairwise(times)]
-    return LevelRun(level, text, ttft_s, 1 / statistics.median(gaps))
+                gap_s = statistics.median(b - a for a, b in pairwise(times))
+                return LevelRun(event.usage, event.timings.ttft_s, 1 / gap_s)
+    raise AssertionError("a generation ends with Finished")
+
+
+def _generate(client: Client, level: int, max_tokens: int) -> Iterator[GenerationEvent]:
+    return client.generate(
+        prompt=PROMPT, level=level, max_tokens=max_tokens, temperature=0.7, top_p=0.9, seed=7,
+        ignore_eos=True,
+    )  # fmt: skip
 
 
 def _prefill_s(loaded: LoadedModel, tokens: list[int]) -> float:
