@@ -25,6 +25,7 @@ from colm_serve.engine.step import StepRow, run_step
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.packing import pack_for_cpu
 from colm_serve.model.transformer import ColmModel
 
 CHAINED = ColmConfig(
@@ -44,6 +45,7 @@ class Stepper:
     def __init__(self, config: ColmConfig) -> None:
         self.config = config
         self.model = ColmModel(config).requires_grad_(False).eval()
+        pack_for_cpu(self.model)
         pages = -(-(CACHED_TOKENS + 1) // PAGE_SIZE)
         self._pool = make_pool(LoadedModel(self.model, ""), MAX_ROWS * pages, PAGE_SIZE)
         self._tables = [

@@ -63,4 +63,4 @@ def _differentiable(
         bias = None if biases is None else biases[i]
         y = F.linear(x_TD[:rows, : weights[i].shape[1]], weights[i], bias)
         columns.append(y if rows == num_total else F.pad(y, (0, 0, 0, num_total - rows)))
-    return torch.cat(columns, dim=-1)
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)

@@ -77,6 +77,11 @@ class ChainEmbedding(nn.Module):
         return torch.cat(columns, dim=-1)
 
 
+def _score(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    """[T, V]: one matrix for all rows, by whatever kernel suits it."""
+    return dispatch.chain_linear(x_TD, [weight_VD], (x_TD.shape[0],))
+
+
 class SharedHead(nn.Module):
     """One classifier of which level k uses the first columns: Loss_i's W^i of 3.4.
 
@@ -96,11 +101,11 @@ class SharedHead(nn.Module):
             x = x_TD[:rows, start : start + weight.shape[1]]
             start += weight.shape[1]
             if logits_TV is None:
-                logits_TV = F.linear(x, weight)
+                logits_TV = _score(x, weight)
             elif torch.is_grad_enabled():
-                logits_TV = torch.cat([logits_TV[:rows] + F.linear(x, weight), logits_TV[rows:]])
+                logits_TV = torch.cat([logits_TV[:rows] + _score(x, weight), logits_TV[rows:]])
             else:
-                logits_TV[:rows].addmm_(x, weight.t())
+                logits_TV[:rows] += _score(x, weight)
         assert logits_TV is not None, "num_rows names at least one chain"
         return logits_TV
 
@@ -109,7 +114,7 @@ class SharedHead(nn.Module):
         logits: list[Tensor] = []
         start = 0
         for weight in self.weights:
-            part = F.linear(x_TD[:, start : start + weight.shape[1]], weight)
+            part = _score(x_TD[:, start : start + weight.shape[1]], weight)
             logits.append(part if not logits else logits[-1] + part)
             start += weight.shape[1]
         return logits
@@ -127,11 +132,11 @@ class PerLevelHead(nn.Module):
         """[T, D] to [T, V], each row scored at its own level."""
         ends = [*num_rows[1:], 0]
         parts = [
-            F.linear(x_TD[end:rows, : weight.shape[1]], weight)
+            _score(x_TD[end:rows, : weight.shape[1]], weight)
             for weight, rows, end in zip(self.weights, num_rows, ends, strict=False)
         ]
         return torch.cat(parts[::-1])
 
     def all_levels(self, x_TD: Tensor) -> list[Tensor]:
         """Scores of every level of the same rows, [T, V] each."""
-        return [F.linear(x_TD[:, : weight.shape[1]], weight) for weight in self.weights]
+        return [_score(x_TD[:, : weight.shape[1]], weight) for weight in self.weights]
