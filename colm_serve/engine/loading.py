@@ -11,7 +11,6 @@ from colm_serve.errors import Incompatible
 from colm_serve.kv.pool import KvPool
 from colm_serve.model.checkpoint import LoadedModel, load_model
 from colm_serve.model.config import ColmConfig
-from colm_serve.model.packing import pack_for_cpu
 
 
 def pick_device() -> torch.device:
@@ -34,10 +33,14 @@ def load_for_serving(folder: Path, *, num_chains: int | None, with_head: bool) -
         )
     device = pick_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    loaded = load_model(folder, num_chains, with_head=with_head, dtype=dtype, device=device)
-    if device.type == "cpu":
-        pack_for_cpu(loaded.model)
-    return loaded
+    return load_model(
+        folder,
+        num_chains,
+        with_head=with_head,
+        dtype=dtype,
+        device=device,
+        pack=device.type == "cpu",
+    )
 
 
 def kv_layout(loaded: LoadedModel) -> KvLayout:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from colm_serve.errors import CheckpointError
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.packing import pack_chain
 from colm_serve.model.transformer import ColmModel
 
 _FORMAT = "colm-chain-1"
@@ -116,8 +117,12 @@ def load_model(
     with_head: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    pack: bool = False,
 ) -> LoadedModel:
     """Open the first `num_chains` chain files (default: all) as a model ready to serve.
+
+    Args:
+        pack: put matrices into the layout the CPU multiplies fastest; see `model.packing`.
 
     Raises:
         CheckpointError: a file is missing, truncated, damaged, of another model, or holds a
@@ -132,6 +137,8 @@ def load_model(
     base = _read_header(chain_path(folder, 1), chain=1)["digest"]
     for chain in range(1, num_chains + 1):
         _load_chain(model, folder, chain, base, dtype, device)
+        if pack:
+            pack_chain(model, chain)
     model.rotations = model.rotations.to(device)
     model.requires_grad_(False)
     return LoadedModel(model.eval(), _kv_identity(config, base))
