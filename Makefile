@@ -38,6 +38,8 @@ test: lint typecheck
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill_throughput.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/update_readme.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs
