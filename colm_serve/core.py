@@ -143,7 +143,6 @@ class KvLayout:
 class StageTimings:
     """Where a request's time went, in seconds."""
 
-    queue_s: float = 0.0
     prefill_s: float = 0.0
     first_step_s: float = 0.0
     decode_s: float = 0.0

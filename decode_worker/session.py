@@ -54,7 +54,7 @@ class DecodeSession:
         """Admitted, the tokens, Decoded. Closing the generator frees the pages within one step.
 
         Raises:
-            ColmError: refused or failed; see `DecodeWorker.admit` and `PromptFetcher.fetch`.
+            ColmError: refused (see `DecodeWorker.admit`), or the compute thread failed.
         """
         loop = asyncio.get_running_loop()
         sequence = self._sequence = self._worker.admit(

@@ -160,7 +160,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
                 reason = FinishReason.STOP
                 break
         await self._fail(context, None if self.script.finishes else self.script.fail_with)
-        timings = StageTimings(queue_s=0.25, prefill_s=0.5)
+        timings = StageTimings(prefill_s=0.5)
         finished = Decoded(reason, self.script.num_cached, 2, timings)
         await context.write(serde.decode_event_to_proto(finished))
 

@@ -134,6 +134,7 @@ def test_a_killed_prefill_worker_is_replaced(cluster: Cluster, client: Client) -
         return len(members) == 2 and {m.epoch for m in members} != before
 
     wait_until(is_replaced)
+    assert cluster.view().num_restarts == 1
     assert len(tokens_of(client, make_prompt(200, seed=22), max_tokens=8)) == 8
 
 

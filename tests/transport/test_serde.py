@@ -56,7 +56,7 @@ samplings = st.builds(
 token_logprobs = st.builds(TokenLogprob, uint32, st.floats(-1e9, 0, width=32), st.binary())
 logprobs = st.builds(Logprobs, token_logprobs, st.lists(token_logprobs, max_size=3).map(tuple))
 layouts = st.builds(KvLayout, uint32, uint32, uint32, st.text())
-timings = st.builds(StageTimings, seconds, seconds, seconds, seconds, seconds)
+timings = st.builds(StageTimings, seconds, seconds, seconds, seconds)
 decode_requests = st.builds(
     DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(st.text()).map(tuple), st.text(),
     uint32,

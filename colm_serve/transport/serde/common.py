@@ -76,7 +76,6 @@ def finish_reason_from_proto(reason: common_pb2.FinishReason) -> FinishReason:
 
 def timings_to_proto(timings: StageTimings) -> common_pb2.StageTimings:
     return common_pb2.StageTimings(
-        queue_s=timings.queue_s,
         prefill_s=timings.prefill_s,
         first_step_s=timings.first_step_s,
         decode_s=timings.decode_s,
@@ -86,7 +85,6 @@ def timings_to_proto(timings: StageTimings) -> common_pb2.StageTimings:
 
 def timings_from_proto(message: common_pb2.StageTimings) -> StageTimings:
     return StageTimings(
-        queue_s=message.queue_s,
         prefill_s=message.prefill_s,
         first_step_s=message.first_step_s,
         decode_s=message.decode_s,
