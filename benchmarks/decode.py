@@ -20,12 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.decode_worker.scheduler import DecodeScheduler
-from colm_serve.engine.loading import make_pool
+from colm_serve.engine.loading import make_pool, to_serving
 from colm_serve.engine.step import StepRow, run_step
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.config import ColmConfig
-from colm_serve.model.packing import pack_for_cpu
 from colm_serve.model.transformer import ColmModel
 
 CHAINED = ColmConfig(
@@ -45,8 +44,7 @@ class Stepper:
 
     def __init__(self, config: ColmConfig) -> None:
         self.config = config
-        self.model = ColmModel(config).requires_grad_(False).eval()
-        pack_for_cpu(self.model)
+        self.model = to_serving(ColmModel(config))
         pages = -(-(CACHED_TOKENS + 1) // PAGE_SIZE)
         self._pool = make_pool(LoadedModel(self.model, ""), MAX_ROWS * pages, PAGE_SIZE)
         self._tables = [

@@ -23,11 +23,10 @@ import torch
 from reporting import Row, save, show
 from rich.console import Console
 
-from colm_serve.engine.loading import load_for_serving, make_pool
+from colm_serve.engine.loading import load_for_serving, make_pool, to_serving
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.model.checkpoint import LoadedModel, chain_path, save_model
 from colm_serve.model.config import ColmConfig
-from colm_serve.model.packing import pack_for_cpu
 from colm_serve.model.transformer import ColmModel
 
 DENSE = ColmConfig(
@@ -59,10 +58,8 @@ class Prefiller:
     def __init__(self, config: ColmConfig) -> None:
         # The embedding is a look-up: one row stands for all, and memory stays small.
         small = replace(config, vocab_size=1)
-        model = ColmModel(small, num_chains=1, with_head=False).requires_grad_(False)
-        pack_for_cpu(model)
-        loaded = LoadedModel(model, "")
-        self._model = model
+        loaded = LoadedModel(to_serving(ColmModel(small, num_chains=1, with_head=False)), "")
+        self._model = loaded.model
         self._pool = make_pool(loaded, max(LENGTHS) // PAGE_SIZE, PAGE_SIZE)
         self._table = self._pool.table(range(self._pool.num_pages))
 

@@ -18,11 +18,12 @@ from rich.text import Text
 from colm_serve.client import Client, Finished, GenerationEvent, Started, Token
 from colm_serve.cluster.launch import Cluster
 from colm_serve.config import ClusterConfig
-from colm_serve.engine.loading import load_for_serving, make_pool
+from colm_serve.engine.loading import load_for_serving, make_pool, to_serving
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.errors import InvalidArgument
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
 from colm_serve.router.request import Usage
 from colm_serve.training.report import Report
@@ -139,7 +140,7 @@ def show_prefill(folder: Path, model: ColmConfig, console: Console) -> None:
     with console.status("timing prefill"):
         chain_1_s = _prefill_s(load_for_serving(folder, num_chains=1, with_head=False), tokens)
         # Random weights: only the time is of interest. One token id stands for all.
-        full = LoadedModel(ColmModel(dense, with_head=False).requires_grad_(False), "")
+        full = LoadedModel(to_serving(ColmModel(dense, with_head=False)), "")
         dense_s = _prefill_s(full, [0] * num_tokens)
     table = Table(title=f"\nPrefill of {num_tokens} tokens, one thread")
     for column in ("model", "ms", "tokens/s", "speed-up"):
@@ -175,7 +176,7 @@ def _generate(client: Client, level: int, max_tokens: int) -> Iterator[Generatio
     )  # fmt: skip
 
 
-def _prefill_s(loaded: LoadedModel, tokens: list[int]) -> float:
+def _prefill_s(loaded: LoadedModel[ServingModel], tokens: list[int]) -> float:
     page_size = 16
     pool = make_pool(loaded, -(-len(tokens) // page_size), page_size)
     chunk = PrefillChunk(tokens, 0, pool.table(range(pool.num_pages)))

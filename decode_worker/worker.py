@@ -26,6 +26,7 @@ from colm_serve.engine.step import StepRow, measure_step_cost, run_step
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.model.checkpoint import LoadedModel
+from colm_serve.model.serving import ServingModel
 
 
 class PromptComputed:
@@ -40,7 +41,7 @@ class DecodeWorker:
     """Every chain, the KV pool and the thread that computes; thread-safe."""
 
     def __init__(
-        self, loaded: LoadedModel, config: DecodeConfig, worker_id: str, epoch: int
+        self, loaded: LoadedModel[ServingModel], config: DecodeConfig, worker_id: str, epoch: int
     ) -> None:
         self.layout: KvLayout = kv_layout(loaded)
         self.pool = make_pool(loaded, config.num_pages, config.page_size)

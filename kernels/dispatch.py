@@ -1,4 +1,4 @@
-"""Choose the implementation of each op: Triton on CUDA, oneDNN for packed weights, else torch."""
+"""Choose the implementation of each op of a `ColmModel`: Triton on CUDA, else torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from colm_serve.kernels import rms_norm, staircase_linear, staircase_linear_onednn
+from colm_serve.kernels import rms_norm, staircase_linear
 
 
 def _use_triton(x: Tensor) -> bool:
@@ -26,8 +26,6 @@ def chain_linear(
         from colm_serve.kernels.staircase_linear_triton import staircase_linear as on_gpu
 
         return on_gpu(x_TD, weights, num_rows, biases)
-    if weights[0].is_mkldnn:
-        return staircase_linear_onednn.staircase_linear(x_TD, weights, num_rows, biases)
     return staircase_linear.staircase_linear(x_TD, weights, num_rows, biases)
 
 

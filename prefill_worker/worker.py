@@ -19,6 +19,7 @@ from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavaila
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
 from colm_serve.model.checkpoint import LoadedModel
+from colm_serve.model.serving import ServingModel
 from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, ScheduledChunk
 
 
@@ -50,7 +51,7 @@ class PrefillWorker:
     """Chain 1, its KV pool and the thread that computes; thread-safe."""
 
     def __init__(
-        self, loaded: LoadedModel, config: PrefillConfig, worker_id: str, epoch: int
+        self, loaded: LoadedModel[ServingModel], config: PrefillConfig, worker_id: str, epoch: int
     ) -> None:
         self.layout: KvLayout = kv_layout(loaded)
         self.pool = make_pool(loaded, config.num_pages, config.page_size)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.sampler import sample
 from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.cpu_model import CpuModel
+from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
 from colm_serve.prefill_worker.service import PrefillService
 from colm_serve.prefill_worker.worker import PrefillWorker
@@ -65,10 +68,16 @@ def whole_model(folder: Path) -> ColmModel:
     return load_model(folder).model
 
 
-def before_each_block(model: ColmModel, call: Callable[[], object]) -> None:
+def before_each_block(model: ServingModel, call: Callable[[], object]) -> None:
     """Call `call` whenever the model is about to run a block: to count, slow down or hold."""
+    assert isinstance(model, CpuModel)
+
+    def hold(run: Callable[..., None], *arguments: Any) -> None:
+        call()
+        run(*arguments)
+
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda *_: (call(), None)[1])
+        block.run = partial(hold, block.run)  # type: ignore[method-assign]
 
 
 @torch.inference_mode()
@@ -127,6 +136,7 @@ def decode_service(
     epoch: int = 1,
     *,
     before_block: Callable[[], object] | None = None,
+    grace_s: float = 2.0,
     **changes: object,
 ) -> Iterator[tuple[DecodeService, DecodeWorker]]:
     """A real decode worker on a free port, in this process."""
@@ -140,7 +150,7 @@ def decode_service(
     try:
         yield service, worker
     finally:
-        host.stop()
+        host.stop(grace_s)
         worker.check_integrity()
         status = worker.status()
         assert status.num_free_pages == status.num_pages, "pages were not given back"

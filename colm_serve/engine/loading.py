@@ -9,15 +9,20 @@ import torch
 from colm_serve.core import KvLayout
 from colm_serve.errors import Incompatible
 from colm_serve.kv.pool import KvPool
-from colm_serve.model.checkpoint import LoadedModel, load_model
+from colm_serve.model.checkpoint import LoadedModel, load_cpu_model, load_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.cpu_model import CpuModel
+from colm_serve.model.serving import ServingModel
+from colm_serve.model.transformer import ColmModel
 
 
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_for_serving(folder: Path, *, num_chains: int | None, with_head: bool) -> LoadedModel:
+def load_for_serving(
+    folder: Path, *, num_chains: int | None, with_head: bool
+) -> LoadedModel[ServingModel]:
     """Load chains for serving: fp32 on a CPU, bf16 on a GPU.
 
     Raises:
@@ -32,23 +37,25 @@ def load_for_serving(folder: Path, *, num_chains: int | None, with_head: bool) -
             "models can be served, since prefill workers hold chain 1 alone"
         )
     device = pick_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return load_model(
-        folder,
-        num_chains,
-        with_head=with_head,
-        dtype=dtype,
-        device=device,
-        pack=device.type == "cpu",
-    )
+    if device.type == "cpu":
+        return load_cpu_model(folder, num_chains, with_head=with_head)
+    return load_model(folder, num_chains, with_head=with_head, dtype=torch.bfloat16, device=device)
 
 
-def kv_layout(loaded: LoadedModel) -> KvLayout:
+def to_serving(model: ColmModel) -> ServingModel:
+    """A model that is in memory, as `load_for_serving` would give it."""
+    device = pick_device()
+    if device.type == "cpu":
+        return CpuModel.pack(model)
+    return model.requires_grad_(False).eval().to(device, torch.bfloat16)
+
+
+def kv_layout(loaded: LoadedModel[ServingModel]) -> KvLayout:
     """The layout of the keys and values that this model makes."""
     config = loaded.model.config
-    dtype = str(loaded.model.embedding.weights[0].dtype).removeprefix("torch.")
+    dtype = str(loaded.model.kv_dtype).removeprefix("torch.")
     return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
 
 
-def make_pool(loaded: LoadedModel, num_pages: int, page_size: int) -> KvPool:
-    return KvPool(kv_layout(loaded), num_pages, page_size, loaded.model.rotations.device)
+def make_pool(loaded: LoadedModel[ServingModel], num_pages: int, page_size: int) -> KvPool:
+    return KvPool(kv_layout(loaded), num_pages, page_size, loaded.model.device)

@@ -9,7 +9,7 @@ import torch
 
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.paged import PagedContext, Span
-from colm_serve.model.transformer import ColmModel
+from colm_serve.model.serving import ServingModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PrefillChunk:
 
 @torch.inference_mode()
 def run_prefill(
-    model: ColmModel,
+    model: ServingModel,
     pool: KvPool,
     chunks: Sequence[PrefillChunk],
     on_layer: Callable[[int], None] | None = None,
@@ -44,7 +44,7 @@ def run_prefill(
     for chunk in chunks:
         spans.append(Span(chunk.table, first_row, len(chunk.tokens), chunk.start, level=1))
         first_row += len(chunk.tokens)
-    device = model.rotations.device
+    device = model.device
     tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens], device=device)
     positions = torch.cat([torch.arange(c.start, c.stop, device=device) for c in chunks])
     model.prefill(tokens, positions, PagedContext(model.config, pool, spans, on_layer))

@@ -14,7 +14,8 @@ from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.sampler import Sampled, sample
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.paged import PagedContext, Span
-from colm_serve.model.transformer import ColmModel, level_rows
+from colm_serve.model.serving import ServingModel
+from colm_serve.model.transformer import level_rows
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class StepRow:
 
 
 @torch.inference_mode()
-def run_step(model: ColmModel, pool: KvPool, rows: Sequence[StepRow]) -> Sampled:
+def run_step(model: ServingModel, pool: KvPool, rows: Sequence[StepRow]) -> Sampled:
     """The next token of each row; each row's own K and V are put into its pages.
 
     Args:
@@ -39,7 +40,7 @@ def run_step(model: ColmModel, pool: KvPool, rows: Sequence[StepRow]) -> Sampled
     """
     num_rows = level_rows([row.level for row in rows])
     spans = [Span(row.table, i, 1, row.position, row.level) for i, row in enumerate(rows)]
-    device = model.rotations.device
+    device = model.device
     tokens = torch.tensor([row.token for row in rows], device=device)
     positions = torch.tensor([row.position for row in rows], device=device)
     x_TD = model(tokens, positions, num_rows, PagedContext(model.config, pool, spans))
@@ -52,7 +53,9 @@ def run_step(model: ColmModel, pool: KvPool, rows: Sequence[StepRow]) -> Sampled
     )
 
 
-def measure_step_cost(model: ColmModel, pool: KvPool, max_rows: int, repeats: int = 5) -> StepCost:
+def measure_step_cost(
+    model: ServingModel, pool: KvPool, max_rows: int, repeats: int = 5
+) -> StepCost:
     """Time steps of one row and of several at each level; the differences are the chains' costs.
 
     Uses the pool's first page as scratch: call it before anything is cached.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,11 @@ class BlockTable:
 
     pages: tuple[int, ...]
     page_size: int
+
+    @cached_property
+    def page_array(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """The pages as int64, for kernels."""
+        return np.array(self.pages, dtype=np.int64)
 
     @cached_property
     def _runs(self) -> tuple[tuple[int, int, int], ...]:
@@ -69,10 +75,18 @@ class KvPool:
         # Zeroed, so that every page is faulted in before the first request, not during it.
         self._slots = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
 
+    @cached_property
+    def _arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(layer[0].numpy(), layer[1].numpy()) for layer in self._slots]
+
     @property
     def num_bytes_per_token(self) -> int:
         """K and V of one token in one layer."""
         return self.layout.num_elements_per_token * self._slots.element_size()
+
+    def arrays(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """A layer's keys and values on a CPU, [slots, N, H] each; the memory itself."""
+        return self._arrays[layer]
 
     def table(self, pages: Sequence[int]) -> BlockTable:
         return BlockTable(tuple(pages), self.page_size)

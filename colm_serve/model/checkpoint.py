@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 import xxhash
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from colm_serve.errors import CheckpointError
 from colm_serve.model.config import ColmConfig
-from colm_serve.model.packing import pack_chain
+from colm_serve.model.cpu_model import CpuModel
+from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
 
 _FORMAT = "colm-chain-1"
@@ -36,11 +38,14 @@ _KV_KEYS = (
 )  # fmt: skip
 
 
+M_co = TypeVar("M_co", bound=ServingModel, covariant=True)
+
+
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(Generic[M_co]):
     """A model, and the name of the keys and values it makes."""
 
-    model: ColmModel
+    model: M_co
     kv_identity: str
 
 
@@ -117,12 +122,8 @@ def load_model(
     with_head: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    pack: bool = False,
-) -> LoadedModel:
-    """Open the first `num_chains` chain files (default: all) as a model ready to serve.
-
-    Args:
-        pack: put matrices into the layout the CPU multiplies fastest; see `model.packing`.
+) -> LoadedModel[ColmModel]:
+    """Open the first `num_chains` chain files (default: all) as a model.
 
     Raises:
         CheckpointError: a file is missing, truncated, damaged, of another model, or holds a
@@ -130,18 +131,38 @@ def load_model(
             names file and tensor.
         InvalidConfig: config.json has a value that is not allowed.
     """
-    config = ColmConfig.load(folder)
-    num_chains = config.num_chains if num_chains is None else num_chains
-    with torch.device("meta"):
-        model = ColmModel(config, num_chains, with_head=with_head)
+    model = _make_empty(folder, num_chains, with_head)
     base = _read_header(chain_path(folder, 1), chain=1)["digest"]
-    for chain in range(1, num_chains + 1):
+    for chain in range(1, model.num_chains + 1):
         _load_chain(model, folder, chain, base, dtype, device)
-        if pack:
-            pack_chain(model, chain)
     model.rotations = model.rotations.to(device)
     model.requires_grad_(False)
-    return LoadedModel(model.eval(), _kv_identity(config, base))
+    return LoadedModel(model.eval(), _kv_identity(model.config, base))
+
+
+def load_cpu_model(
+    folder: Path,
+    num_chains: int | None = None,
+    *,
+    with_head: bool = True,
+    weight_dtype: torch.dtype = torch.float32,
+) -> LoadedModel[CpuModel]:
+    """As `load_model`, packed for serving on a CPU; holds one file at a time beside the result."""
+    model = _make_empty(folder, num_chains, with_head)
+    base = _read_header(chain_path(folder, 1), chain=1)["digest"]
+    packed = CpuModel(model.config, model.num_chains, with_head=with_head, dtype=weight_dtype)
+    for chain in range(1, model.num_chains + 1):
+        _load_chain(model, folder, chain, base, torch.float32, "cpu")
+        packed.take_chain(model, chain)
+        for _, owner, index in _chain_slots(model, chain):
+            owner[index] = nn.Parameter(owner[index].detach().to("meta"), requires_grad=False)
+    return LoadedModel(packed, _kv_identity(model.config, base))
+
+
+def _make_empty(folder: Path, num_chains: int | None, with_head: bool) -> ColmModel:
+    config = ColmConfig.load(folder)
+    with torch.device("meta"):
+        return ColmModel(config, num_chains, with_head=with_head)
 
 
 def _load_chain(

@@ -106,6 +106,16 @@ class ColmModel(nn.Module):
             head.weights = self.embedding.weights
         return head
 
+    @property
+    def device(self) -> torch.device:
+        return self.rotations.device
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What keys and values are made in."""
+        dtype: torch.dtype = self.embedding.weights[0].dtype
+        return dtype
+
     def forward(
         self,
         token_ids_T: Tensor,

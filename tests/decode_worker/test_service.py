@@ -426,7 +426,7 @@ async def test_a_storm_of_cancels_leaves_nothing_behind(folder: Path) -> None:
 
 async def test_a_worker_that_stops_ends_its_streams_and_frees_their_pages(folder: Path) -> None:
     """`decode_service` checks the pages once the worker has stopped."""
-    with decode_service(folder) as (service, worker):
+    with decode_service(folder, grace_s=0.0) as (service, worker):
         channel = connect(service.address, None)
         client = DecodeClient(channel, worker.kv_identity)
         stream = await client.open(client.request(make_prompt(30), 3, with_tokens(GREEDY, 2000)))

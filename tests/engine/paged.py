@@ -51,7 +51,7 @@ def kv_of_whole_model(
 
 
 @cache
-def open_chain_1(folder: Path) -> LoadedModel:
+def open_chain_1(folder: Path) -> LoadedModel[ColmModel]:
     return load_model(folder, 1, with_head=False)
 
 

@@ -1,0 +1,318 @@
+"""Chain-of-Linear on a CPU at the speed of its memory: packed weights, one tile kernel.
+
+A decode step of few rows reads every active weight once and does little with it, so the weights
+are laid out in the order in which they are read: blocks of 32 outputs, and in a block the 32
+weights of one input after another. One tile multiplies such a block with up to 8 rows while their
+sums stay in registers; a mixed batch gives each chain the tiles of the rows that reach it. Any
+element of the result is one sum in the order of its inputs, so it does not depend on which other
+rows are in the batch.
+
+Shapes: T rows (tokens), D input width, O output width.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from colm_serve.kernels.math_cpu import sigmoid
+
+# Starting numba's threads sets the calling thread's number of OpenMP threads, which is torch's too.
+_num_threads = torch.get_num_threads()
+numba.get_num_threads()
+torch.set_num_threads(_num_threads)
+
+LANES = 16
+#: Outputs of a block: two registers of lanes.
+BLOCK = 2 * LANES
+#: Rows of a tile: what the registers hold the sums of.
+TILE_ROWS = 8 if binding.get_host_cpu_features().get("avx512f") else 3
+
+_FLOAT = ir.FloatType()
+_INT32 = ir.IntType(32)
+_INT64 = ir.IntType(64)
+_FLOATS = ir.VectorType(_FLOAT, LANES)
+_INT32S = ir.VectorType(_INT32, LANES)
+#: What one weight is in memory, by the array's dtype; bfloat16 travels as its 16 bits.
+_STORED = {"float32": _FLOAT, "uint16": ir.IntType(16), "int8": ir.IntType(8)}
+_STORED_BYTES = {"float32": 4, "uint16": 2, "int8": 1}
+
+
+class Epilogue(enum.IntEnum):
+    """What becomes of a sum."""
+
+    STORE = 0
+    ADD = 1  # to what is there: a residual, or a head's lower chains
+    SWIGLU = 2  # a block holds 16 outputs of the gate, then the 16 they are to gate
+    GELU = 3
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where one matrix stands in a `PackedLinear`, and what it connects."""
+
+    chain: int
+    in_column: int
+    in_width: int
+    out_column: int
+    out_width: int
+
+
+class PackedLinear:
+    """The matrices of one step of the model, in one buffer; computed by one call.
+
+    Args:
+        matrices: where each reads and writes; several may belong to one chain.
+        dtype: how weights are stored: float32, bfloat16 (exact for checkpoints in bfloat16) or
+            int8 with a scale an output. Sums are fp32 always.
+        epilogue: see `Epilogue`; under SWIGLU a matrix is set as its gate and its other half.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        dtype: torch.dtype = torch.float32,
+        epilogue: Epilogue = Epilogue.STORE,
+    ) -> None:
+        self._matrices = tuple(matrices)
+        self._epilogue = epilogue
+        self._outputs_per_block = LANES if epilogue is Epilogue.SWIGLU else BLOCK
+        blocks = [-(-m.out_width // self._outputs_per_block) for m in matrices]
+        sizes = [count * BLOCK * m.in_width for count, m in zip(blocks, matrices, strict=True)]
+        self._weights = torch.zeros(sum(sizes), dtype=dtype)
+        self._scales = torch.ones(sum(blocks) * BLOCK) if dtype is torch.int8 else torch.ones(0)
+        self._stored = self._weights
+        if dtype is torch.bfloat16:
+            self._stored = self._weights.view(torch.uint16)
+        first_weight = np.cumsum([0, *sizes])[:-1]
+        first_block = np.cumsum([0, *blocks])[:-1]
+        self._jobs = np.array(
+            [
+                (m.chain, m.in_column, m.in_width, m.out_column, m.out_width, weight, block)
+                for m, weight, block in zip(matrices, first_weight, first_block, strict=True)
+            ],
+            dtype=np.int64,
+        )  # fmt: skip
+        self._arguments = (self._stored.numpy(), self._scales.numpy(), self._jobs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights take."""
+        return self._weights.nbytes + self._scales.nbytes
+
+    def set(self, index: int, weight_OD: Tensor, gated_OD: Tensor | None = None) -> None:
+        """Pack a matrix into its place.
+
+        Args:
+            index: of `matrices`.
+            weight_OD: [O, D]; under SWIGLU the gate's.
+            gated_OD: [O, D], under SWIGLU only: what the gate's outputs multiply.
+        """
+        matrix = self._matrices[index]
+        halves = [weight_OD] if gated_OD is None else [weight_OD, gated_OD]
+        per_half = self._outputs_per_block
+        num_blocks = -(-matrix.out_width // per_half)
+        packed = torch.zeros(num_blocks, len(halves), per_half, matrix.in_width)
+        for i, half in enumerate(halves):
+            padded = torch.zeros(num_blocks * per_half, matrix.in_width)
+            padded[: matrix.out_width] = half
+            packed[:, i] = padded.view(num_blocks, per_half, -1)
+        rows = packed.view(num_blocks, BLOCK, matrix.in_width)
+        first_weight, first_block = self._jobs[index, 5:]
+        if self._scales.numel():
+            scales = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+            self._scales[first_block * BLOCK :][: scales.numel()] = scales.flatten()
+            rows = (rows / scales).round()
+        flat = rows.transpose(1, 2).flatten()
+        self._weights[first_weight:][: flat.numel()] = flat
+
+    def __call__(
+        self,
+        x_TD: np.ndarray,
+        y_TO: np.ndarray,
+        first_rows: np.ndarray,
+        end_rows: np.ndarray,
+        num_threads: int,
+    ) -> None:
+        """Compute into `y_TO` the rows [first_rows[i], end_rows[i]) of every matrix of chain i.
+
+        Args:
+            x_TD: fp32, rows contiguous; rows sorted by level, highest first.
+            y_TO: fp32; only the columns and rows named are written.
+            first_rows: int64, an entry for each active chain.
+            end_rows: int64, as many; chains beyond are not computed.
+            num_threads: among which the outputs are shared out.
+        """
+        weights, scales, jobs = self._arguments
+        epilogue = int(self._epilogue)
+        _multiply(weights, scales, jobs, x_TD, y_TO, first_rows, end_rows, epilogue, num_threads)
+
+
+@njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+def _multiply(
+    weights, scales, jobs, x_TD, y_TO, first_rows, end_rows, epilogue, num_threads
+):  # fmt: skip
+    per_block = 16 if epilogue == 2 else 32
+    for thread in prange(num_threads):
+        sums = np.empty(TILE_ROWS * BLOCK, np.float32)
+        for job in range(len(jobs)):
+            chain, in_column, in_width, out_column, out_width, first_weight, first_block = jobs[job]
+            if chain >= len(end_rows):
+                continue
+            num_blocks = (out_width + per_block - 1) // per_block
+            # Every job is shared out the same way, so ADD follows the STORE of the same thread.
+            for block in range(
+                num_blocks * thread // num_threads, num_blocks * (thread + 1) // num_threads
+            ):
+                offset = first_weight + block * BLOCK * in_width
+                for row in range(first_rows[chain], end_rows[chain], TILE_ROWS):
+                    num_rows = min(TILE_ROWS, end_rows[chain] - row)
+                    _any_tile(weights, offset, x_TD, row, in_column, in_width, sums, num_rows)
+                    if len(scales):
+                        for i in range(num_rows):
+                            for j in range(BLOCK):
+                                sums[i * BLOCK + j] *= scales[(first_block + block) * BLOCK + j]
+                    column = out_column + block * per_block
+                    width = min(per_block, out_width - block * per_block)
+                    _finish(sums, y_TO, row, num_rows, column, width, epilogue)
+
+
+@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+def _finish(sums, y_TO, row, num_rows, column, width, epilogue):
+    for i in range(num_rows):
+        y = y_TO[row + i]
+        first = i * BLOCK
+        if epilogue == 0:
+            for j in range(width):
+                y[column + j] = sums[first + j]
+        elif epilogue == 1:
+            for j in range(width):
+                y[column + j] += sums[first + j]
+        elif epilogue == 2:
+            for j in range(width):
+                gate = sums[first + j]
+                y[column + j] = gate * sigmoid(gate) * sums[first + LANES + j]
+        else:
+            for j in range(width):
+                value = sums[first + j]
+                y[column + j] = 0.5 * value * (1 + math.erf(value * math.sqrt(0.5)))
+
+
+@njit(fastmath=True, nogil=True, cache=True)
+def _any_tile(weights, offset, x_TD, row, in_column, in_width, sums, num_rows):
+    # The number of rows is a constant of the tile: its sums are registers, not memory.
+    if num_rows == 1:
+        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 1)
+    elif num_rows == 2:
+        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 2)
+    elif num_rows == 3:
+        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 3)
+    elif num_rows == 4:
+        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 4)
+    elif num_rows == 5:
+        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 5)
+    elif num_rows == 6:
+        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 6)
+    elif num_rows == 7:
+        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 7)
+    else:
+        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 8)
+
+
+@intrinsic(prefer_literal=True)
+def _tile(typing_context, weights, offset, x_TD, row, in_column, in_width, sums, num_rows):
+    """sums[t, :] = the block of weights at `offset` times row `row + t` of x, `num_rows` rows.
+
+    Written in the compiler's own terms, because a compiler that is given loops over arrays keeps
+    the sums in memory.
+    """
+    if not isinstance(num_rows, types.IntegerLiteral):
+        return None
+    count = num_rows.literal_value
+    int64 = types.int64
+    signature = types.void(weights, int64, x_TD, int64, int64, int64, sums, num_rows)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        arrays = [
+            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 2, 6)
+        ]
+        weights_array, x_array, sums_array = arrays
+        _, offset, _, row, in_column, in_width, _, _ = arguments
+        stored = str(signature.args[0].dtype)
+        bytes_per_row = builder.extract_value(x_array.strides, 0)
+        first = builder.ptrtoint(x_array.data, _INT64)
+        x_rows = []
+        for t in range(count):
+            start = builder.mul(builder.add(row, _INT64(t)), bytes_per_row)
+            pointer = builder.inttoptr(builder.add(first, start), _FLOAT.as_pointer())
+            x_rows.append(builder.gep(pointer, [in_column]))
+        block = builder.bitcast(weights_array.data, _STORED[stored].as_pointer())
+        block = builder.gep(block, [offset])
+        totals = _emit_sums(builder, block, stored, x_rows, in_width)
+        for i, total in enumerate(totals):
+            place = builder.gep(sums_array.data, [_INT64(i * LANES)])
+            builder.store(total, builder.bitcast(place, _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _emit_sums(
+    builder: ir.IRBuilder, block: Any, stored: str, x_rows: Sequence[Any], in_width: Any
+) -> list[Any]:
+    """The loop over inputs: two registers of sums for each row."""
+    multiply_add = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
+    )
+    before = builder.block
+    loop, done = (builder.append_basic_block(name) for name in ("inputs", "done"))
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(_INT64)
+    k.add_incoming(_INT64(0), before)
+    sums = [builder.phi(_FLOATS) for _ in range(2 * len(x_rows))]
+    halves = [_emit_load(builder, block, stored, k, half) for half in (0, 1)]
+    totals = []
+    for t, x_row in enumerate(x_rows):
+        x = _emit_splat(builder, builder.load(builder.gep(x_row, [k])))
+        totals += [builder.call(multiply_add, [halves[h], x, sums[2 * t + h]]) for h in (0, 1)]
+    for phi, total in zip(sums, totals, strict=True):
+        phi.add_incoming(ir.Constant(_FLOATS, [0.0] * LANES), before)
+        phi.add_incoming(total, loop)
+    following = builder.add(k, _INT64(1))
+    k.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, in_width), loop, done)
+    builder.position_at_end(done)
+    return totals
+
+
+def _emit_load(builder: ir.IRBuilder, block: Any, stored: str, k: Any, half: int) -> Any:
+    """16 weights of input k as fp32."""
+    place = builder.gep(block, [builder.add(builder.mul(k, _INT64(BLOCK)), _INT64(half * LANES))])
+    place = builder.bitcast(place, ir.VectorType(_STORED[stored], LANES).as_pointer())
+    raw = builder.load(place, align=_STORED_BYTES[stored] * LANES)
+    if stored == "float32":
+        return raw
+    if stored == "int8":
+        return builder.sitofp(builder.sext(raw, _INT32S), _FLOATS)
+    # A bfloat16 is the upper half of the float32 of the same value.
+    upper = builder.shl(builder.zext(raw, _INT32S), ir.Constant(_INT32S, [16] * LANES))
+    return builder.bitcast(upper, _FLOATS)
+
+
+def _emit_splat(builder: ir.IRBuilder, value: Any) -> Any:
+    undefined = ir.Constant(_FLOATS, ir.Undefined)
+    lone = builder.insert_element(undefined, value, _INT32(0))
+    return builder.shuffle_vector(lone, undefined, ir.Constant(_INT32S, [0] * LANES))
