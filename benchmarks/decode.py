@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.engine.loading import make_pool, to_serving
-from colm_serve.engine.step import StepRow, run_step
+from colm_serve.engine.sampler import sample
+from colm_serve.engine.step import Segment, run_pass
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.config import ColmConfig
@@ -54,10 +55,12 @@ class Stepper:
     def step(self, levels: Sequence[int]) -> None:
         """One step of a row at each of these levels, highest first."""
         rows = [
-            StepRow(1, CACHED_TOKENS, level, table, GREEDY)
+            Segment((1,), CACHED_TOKENS, level, table)
             for level, table in zip(levels, self._tables, strict=False)
         ]
-        run_step(self.model, self._pool, rows)
+        scores = run_pass(self.model, self._pool, rows)
+        num_rows = len(rows)
+        sample(scores.logits_SV, [GREEDY] * num_rows, [CACHED_TOKENS + 1] * num_rows)
 
     def num_bytes(self, level: int, num_rows: int) -> int:
         """What a step has to read: the level's weights once, each row's KV."""

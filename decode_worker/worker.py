@@ -22,7 +22,8 @@ from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
-from colm_serve.engine.step import StepRow, measure_step_cost, run_step
+from colm_serve.engine.sampler import sample
+from colm_serve.engine.step import Segment, measure_step_cost, run_pass
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.model.checkpoint import LoadedModel
@@ -189,19 +190,24 @@ class DecodeWorker:
         with self._compute.lock:
             sequences = self._scheduler.next_rows()
             rows = [
-                StepRow(
-                    token=sequence.tokens[-1],
-                    position=len(sequence.tokens) - 1,
+                Segment(
+                    tokens=sequence.tokens[-1:],
+                    start=len(sequence.tokens) - 1,
                     level=sequence.level,
                     table=self.pool.table(sequence.pages),
-                    sampling=sequence.request.sampling,
-                    processor=self._processors.get(id(sequence)),
                 )
                 for sequence in sequences
             ]
+            processors = [self._processors.get(id(sequence)) for sequence in sequences]
         if not rows:
             return
-        sampled = run_step(self._model, self.pool, rows)
+        scores = run_pass(self._model, self.pool, rows)
+        sampled = sample(
+            scores.logits_SV,
+            [sequence.request.sampling for sequence in sequences],
+            [row.stop for row in rows],
+            processors,
+        )
         with self._compute.lock:
             self.num_steps += 1
             row_of = {id(sequence): row for row, sequence in enumerate(sequences)}

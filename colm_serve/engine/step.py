@@ -1,4 +1,9 @@
-"""One decode step: every running sequence's next token, at its own level, in one batch."""
+"""One pass of the model over tokens of many sequences, each at its own level.
+
+Decode rows, verified drafts, prompts to score and prompts to store are the same thing to it.
+
+Shapes: T rows, S scored rows, D model width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
-from colm_serve.core import SamplingParams, StepCost
-from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import Sampled, sample
+from colm_serve.core import StepCost
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.paged import PagedContext, Span
 from colm_serve.model.serving import ServingModel
@@ -19,38 +25,78 @@ from colm_serve.model.transformer import level_rows
 
 
 @dataclass(frozen=True)
-class StepRow:
-    """One sequence's last known token, whose K and V are not in the cache yet."""
+class Segment:
+    """Consecutive tokens of one sequence whose K and V are not in the cache yet.
 
-    token: int
-    position: int
+    The next token is to be scored after each of the last `num_scored`: 1 for a decode row,
+    1 + drafts for a verification, 0 for tokens of which only K and V are wanted, at level 1.
+    """
+
+    tokens: Sequence[int]
+    start: int  # position of the first of them
     level: int
     table: BlockTable
-    sampling: SamplingParams
-    processor: LogitsProcessor | None = None
+    num_scored: int = 1
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Next-token scores of a pass's scored rows, in the order of its segments.
+
+    `x_SD` are the rows' normalised hidden states. The first chains of a row are the lower level's
+    own, so `model.logits(x_SD[rows], (len(rows),) * level)` scores them at a lower level too.
+    """
+
+    logits_SV: Tensor
+    x_SD: Tensor
 
 
 @torch.inference_mode()
-def run_step(model: ServingModel, pool: KvPool, rows: Sequence[StepRow]) -> Sampled:
-    """The next token of each row; each row's own K and V are put into its pages.
+def run_pass(model: ServingModel, pool: KvPool, segments: Sequence[Segment]) -> Scores:
+    """Put K and V of every segment's tokens into its pages and score the rows that want it.
+
+    In a pass that scores nothing the last layer stops after K and V (paper 4.4). In a mixed one it
+    runs whole, also for rows that nobody scores: at most a layer's share of their work.
 
     Args:
         model: must hold every level asked for.
-        rows: sorted by level, highest first; chain i then works on a prefix of them.
+        segments: at least one, sorted by level, highest first; chain i then works on a prefix of
+            their rows. Those without scores stand last, where the others need no copy.
     """
-    num_rows = level_rows([row.level for row in rows])
-    spans = [Span(row.table, i, 1, row.position, row.level) for i, row in enumerate(rows)]
+    lengths = [len(segment.tokens) for segment in segments]
+    first_rows = [0, *accumulate(lengths)]
+    spans = [
+        Span(segment.table, first_row, length, segment.start, segment.level)
+        for segment, first_row, length in zip(segments, first_rows, lengths, strict=False)
+    ]
     device = model.device
-    tokens = torch.tensor([row.token for row in rows], device=device)
-    positions = torch.tensor([row.position for row in rows], device=device)
-    x_TD = model(tokens, positions, num_rows, PagedContext(model.config, pool, spans))
-    logits_TV = model.logits(x_TD, num_rows)
-    return sample(
-        logits_TV,
-        [row.sampling for row in rows],
-        [row.position + 1 for row in rows],
-        [row.processor for row in rows],
+    tokens = torch.tensor([t for segment in segments for t in segment.tokens], device=device)
+    positions = torch.tensor(
+        [p for segment in segments for p in range(segment.start, segment.stop)], device=device
     )
+    context = PagedContext(model.config, pool, spans)
+    num_rows = level_rows([span.level for span in spans for _ in range(span.num_rows)])
+    scored = [
+        row
+        for segment, end in zip(segments, first_rows[1:], strict=True)
+        for row in range(end - segment.num_scored, end)
+    ]
+    if not scored:
+        assert len(num_rows) == 1, "tokens without scores are at level 1"
+        model.prefill(tokens, positions, context)
+        empty = torch.empty(0, device=device)
+        return Scores(empty.view(0, model.config.vocab_size), empty.view(0, model.config.d_model))
+    x_TD = model(tokens, positions, num_rows, context)
+    if scored[-1] == len(scored) - 1:
+        x_SD = x_TD[: len(scored)]
+    else:
+        x_SD = x_TD[torch.tensor(scored, device=device)]
+    scored_levels = [s.level for s in segments for _ in range(s.num_scored)]
+    return Scores(model.logits(x_SD, level_rows(scored_levels)), x_SD)
 
 
 def measure_step_cost(
@@ -61,17 +107,16 @@ def measure_step_cost(
     Uses the pool's first page as scratch: call it before anything is cached.
     """
     table = pool.table([0])
-    greedy = SamplingParams(max_tokens=1, temperature=0)
     many = max(2, min(8, max_rows))
     one_s, many_s = [0.0], [0.0]
     for level in range(1, model.num_chains + 1):
         for num_rows, seconds in ((1, one_s), (many, many_s)):
-            rows = [StepRow(0, 0, level, table, greedy)] * num_rows
-            run_step(model, pool, rows)
+            step = partial(_greedy_step, model, pool, [Segment((0,), 0, level, table)] * num_rows)
+            step()
             samples = []
             for _ in range(repeats):
                 begin = time.perf_counter()
-                run_step(model, pool, rows)
+                step()
                 samples.append(time.perf_counter() - begin)
             # A level costs at least what the level below it does; noise may say otherwise.
             seconds.append(max(seconds[-1], statistics.median(samples)))
@@ -80,3 +125,7 @@ def measure_step_cost(
     per_level = [max(0.0, many_s[k] - one_s[k]) / (many - 1) for k in range(len(one_s))]
     row_s = [max(0.0, per_level[k] - per_level[k - 1]) for k in levels]
     return StepCost(tuple(chain_s), tuple(row_s))
+
+
+def _greedy_step(model: ServingModel, pool: KvPool, segments: Sequence[Segment]) -> None:
+    run_pass(model, pool, segments).logits_SV.argmax(dim=-1).tolist()

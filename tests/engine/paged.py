@@ -12,7 +12,8 @@ from torch import Tensor
 from colm_serve.core import SamplingParams
 from colm_serve.engine.loading import kv_layout
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
-from colm_serve.engine.step import StepRow, run_step
+from colm_serve.engine.sampler import sample
+from colm_serve.engine.step import Segment, run_pass
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.attention import CausalContext
 from colm_serve.model.checkpoint import LoadedModel, load_model
@@ -76,6 +77,11 @@ def prefill(
             start = stop
 
 
+def decode_row(tokens: Sequence[int], level: int, table: BlockTable) -> Segment:
+    """The last of the tokens, the others' K and V standing in the pages."""
+    return Segment(tokens[-1:], len(tokens) - 1, level, table)
+
+
 def decode(
     model: ColmModel,
     pool: KvPool,
@@ -87,6 +93,6 @@ def decode(
     """Steps of one row after a prefill of all but the prompt's last token."""
     tokens = list(prompt)
     for level in levels:
-        row = StepRow(tokens[-1], len(tokens) - 1, level, table, sampling)
-        tokens += run_step(model, pool, [row]).tokens
+        scores = run_pass(model, pool, [decode_row(tokens, level, table)])
+        tokens += sample(scores.logits_SV, [sampling], [len(tokens)]).tokens
     return tokens[len(prompt) :]

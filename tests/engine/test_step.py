@@ -8,16 +8,27 @@ import pytest
 import torch
 
 from colm_serve.core import SamplingParams, StepCost
-from colm_serve.engine.step import StepRow, measure_step_cost, run_step
+from colm_serve.engine.loading import to_serving
+from colm_serve.engine.sampler import sample
+from colm_serve.engine.step import Segment, measure_step_cost, run_pass
 from tests.engine.paged import (
     PAGES,
     decode,
+    decode_row,
     kv_of_whole_model,
     open_chain_1,
     poisoned_pool,
     prefill,
 )
-from tests.helpers import GREEDY, generate_alone, make_prompt, whole_model
+from tests.helpers import (
+    GREEDY,
+    TINY,
+    before_each_block,
+    generate_alone,
+    make_prompt,
+    next_logits,
+    whole_model,
+)
 
 SAMPLED = SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9, seed=11)
 
@@ -62,11 +73,10 @@ def test_rows_at_mixed_levels_equal_each_alone(folder: Path) -> None:
     for prompt, table in zip(prompts, tables, strict=True):
         prefill(open_chain_1(folder).model, pool, table, prompt[:-1], [])
     for _ in range(6):
-        rows = [
-            StepRow(text[-1], len(text) - 1, level, table, sampling)
-            for text, level, table, sampling in zip(texts, levels, tables, samplings, strict=True)
-        ]
-        for text, token in zip(texts, run_step(model, pool, rows).tokens, strict=True):
+        rows = [decode_row(*row) for row in zip(texts, levels, tables, strict=True)]
+        scores = run_pass(model, pool, rows)
+        sampled = sample(scores.logits_SV, samplings, [len(text) for text in texts])
+        for text, token in zip(texts, sampled.tokens, strict=True):
             text.append(token)
     for prompt, text, level, sampling in zip(prompts, texts, levels, samplings, strict=True):
         assert text[len(prompt) :] == generate_alone(folder, prompt, [level] * 6, sampling)
@@ -88,9 +98,66 @@ def test_kv_that_steps_write_is_level_independent(folder: Path, level: int) -> N
 
 def test_rows_have_to_be_sorted_by_level(folder: Path) -> None:
     pool = poisoned_pool(folder)
-    rows = [StepRow(1, 0, level, pool.table(PAGES[0]), GREEDY) for level in (1, 3)]
+    rows = [Segment((1,), 0, level, pool.table(PAGES[0])) for level in (1, 3)]
     with pytest.raises(AssertionError, match="highest level first"):
-        run_step(whole_model(folder), pool, rows)
+        run_pass(whole_model(folder), pool, rows)
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["torch", "packed"])
+def test_one_pass_scores_what_each_segment_asks_for(folder: Path, is_packed: bool) -> None:
+    """Several drafts of one sequence, a decode row, the end of a prompt, and a prompt to store."""
+    model = to_serving(whole_model(folder)) if is_packed else whole_model(folder)
+    texts = [make_prompt(n, seed=n) for n in (40, 21, 33, 50)]
+    pool = poisoned_pool(folder)
+    tables = [pool.table(pages) for pages in (*PAGES, (0, 1, 3, 4))]
+    segments = [
+        Segment(text[start:], start, level, table, num_scored)
+        for text, table, start, level, num_scored in zip(
+            texts, tables, (36, 20, 13, 30), (3, 2, 2, 1), (4, 1, 5, 0), strict=True
+        )
+    ]
+    for segment, text in zip(segments, texts, strict=True):
+        prefill(open_chain_1(folder).model, pool, segment.table, text[: segment.start], [])
+    scores = run_pass(model, pool, segments)
+    expected = [
+        (text[: end + 1], segment.level)
+        for segment, text in zip(segments, texts, strict=True)
+        for end in range(len(text) - segment.num_scored, len(text))
+    ]
+    assert [level for _, level in expected] == [3] * 4 + [2] * 6
+    whole = whole_model(folder)
+    for logits_V, (tokens, level) in zip(scores.logits_SV, expected, strict=True):
+        close(logits_V, next_logits(whole, tokens, level)[0])
+    for level in (1, 2):
+        lower_SV = model.logits(scores.x_SD, [len(expected)] * level)
+        for logits_V, (tokens, _) in zip(lower_SV, expected, strict=True):
+            close(logits_V, next_logits(whole, tokens, level)[0])
+    for segment, text in zip(segments, texts, strict=True):
+        for layer, (k, v) in kv_of_whole_model(folder, text, level=1).items():
+            k_read, v_read = pool.read(layer, segment.table, 0, len(text))
+            close(k_read, k)
+            close(v_read, v)
+
+
+def test_a_pass_without_scores_stops_after_the_last_layers_kv(folder: Path) -> None:
+    prompt, pool = make_prompt(40), poisoned_pool(folder)
+    table = pool.table(PAGES[0])
+    model = to_serving(whole_model(folder))
+    ran: list[int] = []
+    before_each_block(model, lambda: ran.append(1))
+    scores = run_pass(model, pool, [Segment(prompt, 0, 1, table, num_scored=0)])
+    assert len(ran) == TINY.num_layers - 1
+    assert scores.logits_SV.shape == (0, TINY.vocab_size)
+    for layer, (k, v) in kv_of_whole_model(folder, prompt, level=1).items():
+        k_read, v_read = pool.read(layer, table, 0, len(prompt))
+        close(k_read, k)
+        close(v_read, v)
+    with pytest.raises(AssertionError, match="at level 1"):
+        run_pass(model, pool, [Segment(prompt, 0, 2, table, num_scored=0)])
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_measured_step_cost_has_a_share_for_each_chain(folder: Path) -> None:
