@@ -21,11 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.engine.loading import make_pool, to_serving
+from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.engine.sampler import sample
 from colm_serve.engine.step import Segment, run_pass
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
 
 CHAINED = ColmConfig(
@@ -41,11 +43,11 @@ _WHY_NOT_MORE = "of {:.0f} GB/s; one row through a packed matrix reads 17 to 30,
 
 
 class Stepper:
-    """A random-weight model and a pool with room for `MAX_ROWS` rows."""
+    """A model, of random weights by default, and a pool with room for `MAX_ROWS` rows."""
 
-    def __init__(self, config: ColmConfig) -> None:
+    def __init__(self, config: ColmConfig, model: ServingModel | None = None) -> None:
         self.config = config
-        self.model = to_serving(ColmModel(config))
+        self.model = to_serving(ColmModel(config)) if model is None else model
         pages = -(-(CACHED_TOKENS + 1) // PAGE_SIZE)
         self._pool = make_pool(LoadedModel(self.model, ""), MAX_ROWS * pages, PAGE_SIZE)
         self._tables = [
@@ -61,6 +63,12 @@ class Stepper:
         scores = run_pass(self.model, self._pool, rows)
         num_rows = len(rows)
         sample(scores.logits_SV, [GREEDY] * num_rows, [CACHED_TOKENS + 1] * num_rows)
+
+    def fill_cache(self) -> None:
+        """Compute the cached tokens' keys and values, all of token 1, for every row."""
+        for table in self._tables:
+            chunk = PrefillChunk([1] * CACHED_TOKENS, 0, table)
+            run_prefill(self.model, self._pool, [chunk])
 
     def num_bytes(self, level: int, num_rows: int) -> int:
         """What a step has to read: the level's weights once, each row's KV."""

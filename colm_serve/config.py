@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -85,6 +85,11 @@ class DecodeConfig(WorkerConfig):
         default=32, ge=0, description="a missing suffix up to this long is computed here"
     )
     frame_timeout_s: Seconds = 10.0
+    weight_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto",
+        description="how matrices are kept: auto is float32 on a CPU and bfloat16 on a GPU; the "
+        "smaller ones are for a CPU, whose steps take as long as their bytes take to read",
+    )
 
 
 class RouterConfig(_Frozen):

@@ -20,7 +20,9 @@ class DecodeActor:
     def __init__(self, config: ClusterConfig, worker_id: str) -> None:
         torch.set_num_threads(config.decode.num_threads)
         epoch = secrets.randbits(63)
-        loaded = load_for_serving(config.model, num_chains=None, with_head=True)
+        loaded = load_for_serving(
+            config.model, num_chains=None, with_head=True, weight_dtype=config.decode.weight_dtype
+        )
         self._worker = DecodeWorker(loaded, config.decode, worker_id, epoch)
         service = DecodeService(self._worker, config.decode, config.tls)
         self._host = ServiceThread(service)

@@ -63,6 +63,7 @@ def test_a_model_is_named_by_its_folder_unless_told_otherwise(tmp_path: Path) ->
         ("model: m\nprefill: {stall_timeout_s: .inf}", "prefill.stall_timeout_s", "86400"),
         ("model: m\nprefill: {stall_timeout_s: .nan}", "prefill.stall_timeout_s", "nan"),
         ("model: m\nrouter: {http_port: 70000}", "router.http_port", "70000 is not.*65535"),
+        ("model: m\ndecode: {weight_dtype: int4}", "decode.weight_dtype", "int4.*'int8'"),
         ("decode: {}", "model", "Field required"),
         ("model: m\ndefault_sla_class: x", "config", "default_sla_class 'x'.*'default'"),
         (

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from colm_serve.core import KvLayout
-from colm_serve.errors import Incompatible
+from colm_serve.errors import Incompatible, InvalidConfig
 from colm_serve.kv.pool import KvPool
 from colm_serve.model.checkpoint import LoadedModel, load_cpu_model, load_model
 from colm_serve.model.config import ColmConfig
@@ -15,19 +15,25 @@ from colm_serve.model.cpu_model import CpuModel
 from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
 
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_for_serving(
-    folder: Path, *, num_chains: int | None, with_head: bool
+    folder: Path, *, num_chains: int | None, with_head: bool, weight_dtype: str = "auto"
 ) -> LoadedModel[ServingModel]:
-    """Load chains for serving: fp32 on a CPU, bf16 on a GPU.
+    """Load chains for serving: computed in fp32 on a CPU, in bf16 on a GPU.
+
+    Args:
+        weight_dtype: see `config.DecodeConfig`.
 
     Raises:
         Incompatible: the model's K and V differ by level, so a prefill worker's chain 1 could
             not make them for the decode worker.
+        InvalidConfig: the device cannot keep weights so.
         CheckpointError, InvalidConfig: as `load_model`.
     """
     config = ColmConfig.load(folder)
@@ -38,7 +44,10 @@ def load_for_serving(
         )
     device = pick_device()
     if device.type == "cpu":
-        return load_cpu_model(folder, num_chains, with_head=with_head)
+        dtype = torch.float32 if weight_dtype == "auto" else _DTYPES[weight_dtype]
+        return load_cpu_model(folder, num_chains, with_head=with_head, weight_dtype=dtype)
+    if weight_dtype not in ("auto", "bfloat16"):
+        raise InvalidConfig("decode.weight_dtype", weight_dtype, "auto or bfloat16 on a GPU")
     return load_model(folder, num_chains, with_head=with_head, dtype=torch.bfloat16, device=device)
 
 
