@@ -46,16 +46,21 @@ class LogitsProcessor:
             return cls(request, tokens, eos_token_ids)
         return None
 
-    def process(self, logits_V: Tensor) -> Tensor:
-        """The scores to choose the next token from, in fp32; `logits_V` stays as it is."""
+    def process(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> Tensor:
+        """The scores to choose the next token from, in fp32; `logits_V` stays as it is.
+
+        Args:
+            drafts: tokens guessed to follow the sequence's own: the rules are those of the token
+                after them. They are not kept.
+        """
         logits_V = logits_V.float()
         if self._bias:
             logits_V = logits_V.clone()
             token_ids, biases = zip(*self._bias, strict=True)
             logits_V[list(token_ids)] += torch.tensor(biases, device=logits_V.device)
         if self._penalties is not None:
-            logits_V = self._penalties.apply(logits_V)
-        if len(self._tokens) < self._num_before_end and self._ending:
+            logits_V = self._penalties.apply(logits_V, drafts)
+        if len(self._tokens) + len(drafts) < self._num_before_end and self._ending:
             logits_V = logits_V.clone()
             logits_V[self._ending] = float("-inf")
         return logits_V

@@ -48,9 +48,12 @@ class Penalties:
         )
         return asked != neutral
 
-    def apply(self, logits_V: Tensor) -> Tensor:
-        """The scores of the next token, penalised."""
+    def apply(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> Tensor:
+        """The scores, penalised, of the token after the sequence's own and `drafts`."""
         in_text_V, num_in_output_V = self._count(logits_V)
+        if drafts:
+            in_text_V, num_in_output_V = in_text_V.clone(), num_in_output_V.clone()
+            _add(torch.tensor(drafts, device=logits_V.device), in_text_V, num_in_output_V)
         if self._repetition != 1:
             penalised_V = torch.where(
                 logits_V > 0, logits_V / self._repetition, logits_V * self._repetition
@@ -68,8 +71,13 @@ class Penalties:
         new = torch.tensor(
             self._tokens[self._num_counted :], dtype=torch.long, device=like_V.device
         )
-        self._in_text_V[new] = True
-        output = new[max(0, self._num_prompt - self._num_counted) :]
-        self._num_in_output_V.index_add_(0, output, torch.ones_like(output, dtype=like_V.dtype))
+        num_of_prompt = max(0, self._num_prompt - self._num_counted)
+        self._in_text_V[new[:num_of_prompt]] = True
+        _add(new[num_of_prompt:], self._in_text_V, self._num_in_output_V)
         self._num_counted = len(self._tokens)
         return self._in_text_V, self._num_in_output_V
+
+
+def _add(output: Tensor, in_text_V: Tensor, num_in_output_V: Tensor) -> None:
+    in_text_V[output] = True
+    num_in_output_V.index_add_(0, output, torch.ones_like(output, dtype=num_in_output_V.dtype))

@@ -141,6 +141,10 @@ def test_growing_and_resumed_sequences_follow_the_rules(
     for num_output in range(len(output) + 1):
         expected = by_the_book(logits.tolist(), prompt, output[:num_output], sampling)
         assert_scores(grown.process(logits), expected)
+        drafts = output[num_output:]
+        after = by_the_book(logits.tolist(), prompt, output, sampling)
+        assert_scores(grown.process(logits, drafts), after)
+        assert_scores(grown.process(logits), expected)
         tokens.extend(output[num_output : num_output + 1])
     left = max(0, sampling.min_tokens - num_before)
     taken_over = DecodeRequest(
