@@ -158,3 +158,23 @@ def decode_service(
 
 def with_tokens(sampling: SamplingParams, max_tokens: int) -> SamplingParams:
     return replace(sampling, max_tokens=max_tokens)
+
+
+def p_value(outcomes: Sequence[int], p_V: torch.Tensor) -> float:
+    """Pearson's chi-square test that the outcomes were drawn from `p_V`; 0 if any cannot be.
+
+    Outcomes expected fewer than 5 times count as one.
+    """
+    counts = torch.bincount(torch.tensor(outcomes), minlength=len(p_V)).double()
+    expected = p_V.double() * len(outcomes)
+    if counts[expected == 0].sum() > 0:
+        return 0.0
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    if len(expected) == 1:
+        return 1.0
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    degrees = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees, chi_square / 2))

@@ -8,16 +8,14 @@ Shapes: B rows, R rows that want logprobs, V vocabulary.
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import xxhash
 from torch import Tensor
 
 from colm_serve.core import MAX_LOGPROBS, Logprobs, SamplingParams, TokenLogprob
+from colm_serve.engine.draws import distribution, draw
 from colm_serve.engine.logits_processor import LogitsProcessor
 
 
@@ -51,37 +49,10 @@ def sample(
             continue
         logits_V = logits_BV[row] if processor is None else processor.process(logits_BV[row])
         if params.temperature > 0:
-            chosen[row] = _draw(logits_V, params, position)
+            chosen[row] = draw(distribution(logits_V, params), params, position)
         else:
             chosen[row] = int(logits_V.argmax())
     return Sampled(chosen, _logprobs(logits_BV, sampling, chosen))
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that is a function of (seed, position) alone."""
-    return float(xxhash.xxh3_64_intdigest(struct.pack("<QQ", seed, position)) >> 11) * 2.0**-53
-
-
-def _draw(logits_V: Tensor, params: SamplingParams, position: int) -> int:
-    """Inverse transform over the filtered distribution, likeliest token first."""
-    scores, order = torch.sort(logits_V.float() / params.temperature, descending=True)
-    if params.top_k:
-        scores = scores[: params.top_k]
-    if params.min_p:
-        # A share of the likeliest token's probability is a distance from its score.
-        scores = scores[: int((scores >= scores[0] + math.log(params.min_p)).sum())]
-    probabilities = torch.softmax(scores, dim=-1).double()
-    cumulative = probabilities.cumsum(dim=-1)
-    if params.top_p < 1:
-        # The smallest set whose mass reaches top_p: a token stays if the mass before it does not.
-        num_kept = int((cumulative - probabilities < params.top_p).sum())
-        cumulative = cumulative[:num_kept]
-    target = uniform(params.seed, position) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    if index == len(cumulative):
-        # Rounded up to the whole mass: the last token that has any, never one that is masked.
-        index = int(torch.searchsorted(cumulative, cumulative[-1]))
-    return int(order[index])
 
 
 def _logprobs(

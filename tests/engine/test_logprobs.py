@@ -1,4 +1,4 @@
-"""Logprobs of chosen and of likeliest tokens, and the edge where a draw meets the whole mass."""
+"""Logprobs of chosen and of likeliest tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colm_serve.core import DecodeRequest, SamplingParams
-from colm_serve.engine import sampler
 from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.sampler import sample
 
@@ -63,13 +62,3 @@ def test_a_rows_do_not_depend_on_the_others(seed: int, num_top: int, has_ties: b
     turned = sample(logits_BV.flip(0), [*others, mine], [3, 4, 9])
     assert alone.tokens[0] == together.tokens[0] == turned.tokens[2]
     assert alone.logprobs[0] == together.logprobs[0] == turned.logprobs[2]
-
-
-def test_a_draw_of_the_whole_mass_takes_no_token_without_any(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Rounding can bring the draw up to the mass itself; masked tokens come after it."""
-    monkeypatch.setattr(sampler, "uniform", lambda seed, position: 1.0)
-    masked = float("-inf")
-    logits_BV = torch.tensor([[1.0, masked, 2.0, masked]])
-    assert sample(logits_BV, [SamplingParams(1)], [1]).tokens == [0]

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colm_serve.core import MAX_SEED, SamplingParams
-from colm_serve.engine.sampler import sample, uniform
+from colm_serve.engine.draws import uniform
+from colm_serve.engine.sampler import sample
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, 2.5])
 
