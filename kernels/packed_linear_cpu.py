@@ -16,7 +16,8 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -70,14 +71,24 @@ class Matrix:
     out_width: int
 
 
+class PackedArrays(NamedTuple):
+    """What the kernel reads of a `PackedLinear`."""
+
+    weights_L: np.ndarray
+    scales_L: np.ndarray
+    jobs: np.ndarray
+    epilogue: int
+
+
 class PackedLinear:
-    """The matrices of one step of the model, in one buffer; computed by one call.
+    """The matrices of one step of the model, the same for each layer, in one buffer.
 
     Args:
         matrices: where each reads and writes; several may belong to one chain.
         dtype: how weights are stored: float32, bfloat16 (exact for checkpoints in bfloat16) or
             int8 with a scale an output. Sums are fp32 always.
         epilogue: see `Epilogue`; under SWIGLU a matrix is set as its gate and its other half.
+        num_layers: how many times over.
     """
 
     def __init__(
@@ -85,34 +96,33 @@ class PackedLinear:
         matrices: Sequence[Matrix],
         dtype: torch.dtype = torch.float32,
         epilogue: Epilogue = Epilogue.STORE,
+        num_layers: int = 1,
     ) -> None:
         self._matrices = tuple(matrices)
-        self._epilogue = epilogue
         self._outputs_per_block = LANES if epilogue is Epilogue.SWIGLU else BLOCK
         blocks = [-(-m.out_width // self._outputs_per_block) for m in matrices]
         sizes = [count * BLOCK * m.in_width for count, m in zip(blocks, matrices, strict=True)]
-        self._weights = torch.zeros(sum(sizes), dtype=dtype)
-        self._scales = torch.ones(sum(blocks) * BLOCK) if dtype is torch.int8 else torch.ones(0)
-        self._stored = self._weights
-        if dtype is torch.bfloat16:
-            self._stored = self._weights.view(torch.uint16)
-        first_weight = np.cumsum([0, *sizes])[:-1]
-        first_block = np.cumsum([0, *blocks])[:-1]
-        self._jobs = np.array(
-            [
-                (m.chain, m.in_column, m.in_width, m.out_column, m.out_width, weight, block)
-                for m, weight, block in zip(matrices, first_weight, first_block, strict=True)
-            ],
-            dtype=np.int64,
-        )  # fmt: skip
-        self._arguments = (self._stored.numpy(), self._scales.numpy(), self._jobs)
+        num_scales = sum(blocks) * BLOCK if dtype is torch.int8 else 0
+        self._weights = torch.zeros(num_layers, sum(sizes), dtype=dtype)
+        self._scales = torch.ones(num_layers, num_scales)
+        first_weight, first_block = [0, *accumulate(sizes)], [0, *accumulate(blocks)]
+        jobs = [
+            (m.chain, m.in_column, m.in_width, m.out_column, m.out_width, weight, block)
+            for m, weight, block in zip(matrices, first_weight, first_block, strict=False)
+        ]
+        bits = self._weights.view(torch.uint16) if dtype is torch.bfloat16 else self._weights
+        self.arrays = PackedArrays(
+            bits.numpy(), self._scales.numpy(), np.array(jobs, dtype=np.int64), int(epilogue)
+        )
 
     @property
     def num_bytes(self) -> int:
         """Memory that the weights take."""
         return self._weights.nbytes + self._scales.nbytes
 
-    def set(self, index: int, weight_OD: Tensor, gated_OD: Tensor | None = None) -> None:
+    def set(
+        self, index: int, weight_OD: Tensor, gated_OD: Tensor | None = None, *, layer: int = 0
+    ) -> None:
         """Pack a matrix into its place.
 
         Args:
@@ -130,13 +140,13 @@ class PackedLinear:
             padded[: matrix.out_width] = half
             packed[:, i] = padded.view(num_blocks, per_half, -1)
         rows = packed.view(num_blocks, BLOCK, matrix.in_width)
-        first_weight, first_block = self._jobs[index, 5:]
+        first_weight, first_block = self.arrays.jobs[index, 5:]
         if self._scales.numel():
             scales = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-            self._scales[first_block * BLOCK :][: scales.numel()] = scales.flatten()
+            self._scales[layer, first_block * BLOCK :][: scales.numel()] = scales.flatten()
             rows = (rows / scales).round()
         flat = rows.transpose(1, 2).flatten()
-        self._weights[first_weight:][: flat.numel()] = flat
+        self._weights[layer, first_weight:][: flat.numel()] = flat
 
     def __call__(
         self,
@@ -145,19 +155,28 @@ class PackedLinear:
         first_rows: np.ndarray,
         end_rows: np.ndarray,
         num_threads: int,
+        layer: int = 0,
     ) -> None:
-        """Compute into `y_TO` the rows [first_rows[i], end_rows[i]) of every matrix of chain i.
+        """Compute a layer's matrices; see `multiply`."""
+        multiply(self.arrays, layer, x_TD, y_TO, first_rows, end_rows, num_threads)
 
-        Args:
-            x_TD: fp32, rows contiguous; rows sorted by level, highest first.
-            y_TO: fp32; only the columns and rows named are written.
-            first_rows: int64, an entry for each active chain.
-            end_rows: int64, as many; chains beyond are not computed.
-            num_threads: among which the outputs are shared out.
-        """
-        weights, scales, jobs = self._arguments
-        epilogue = int(self._epilogue)
-        _multiply(weights, scales, jobs, x_TD, y_TO, first_rows, end_rows, epilogue, num_threads)
+
+@njit(nogil=True, cache=True)
+def multiply(linear, layer, x_TD, y_TO, first_rows, end_rows, num_threads):
+    """Compute into `y_TO` the rows [first_rows[i], end_rows[i]) of every matrix of chain i.
+
+    Args:
+        linear: `PackedArrays`.
+        x_TD: fp32, rows contiguous; rows sorted by level, highest first.
+        y_TO: fp32; only the columns and rows named are written.
+        first_rows: int64, an entry for each active chain.
+        end_rows: int64, as many; chains beyond are not computed.
+        num_threads: among which the outputs are shared out.
+    """
+    _multiply(
+        linear.weights_L[layer], linear.scales_L[layer], linear.jobs, x_TD, y_TO, first_rows,
+        end_rows, linear.epilogue, num_threads,
+    )  # fmt: skip
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")

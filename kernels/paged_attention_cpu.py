@@ -13,8 +13,11 @@ from numba import njit, prange
 
 from colm_serve.kernels.math_cpu import exp
 
+#: Fewer rows than this are not worth waking other threads for.
+_FEW_ROWS = 16
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+
+@njit(nogil=True, cache=True)
 def rotate_and_store(
     qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH, num_threads
 ):
@@ -27,18 +30,44 @@ def rotate_and_store(
         slots_T: int64, each row's place in the pool.
         rotations: [positions, 2, H / 2], `model.rope.rotation_table`.
         k_CNH, v_CNH: one layer of the pool.
+        num_threads: among which many rows are shared out.
     """
-    num_kv_heads = k_CNH.shape[1]
-    num_rows = len(slots_T)
+    if len(slots_T) < _FEW_ROWS:
+        _rotate_share(
+            qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH, 0, 1
+        )
+    else:
+        _rotate_all(
+            qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH,
+            num_threads,
+        )  # fmt: skip
+
+
+@njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+def _rotate_all(
+    qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH, num_threads
+):
     for thread in prange(num_threads):
-        for row in range(num_rows * thread // num_threads, num_rows * (thread + 1) // num_threads):
-            cos, sin = rotations[positions_T[row], 0], rotations[positions_T[row], 1]
-            for head in range(num_heads_T[row]):
-                _rotate(qkv_TMH[row, head], cos, sin)
-            for head in range(num_kv_heads):
-                _rotate(qkv_TMH[row, first_key + head], cos, sin)
-                k_CNH[slots_T[row], head] = qkv_TMH[row, first_key + head]
-                v_CNH[slots_T[row], head] = qkv_TMH[row, first_key + num_kv_heads + head]
+        _rotate_share(
+            qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH,
+            thread, num_threads,
+        )  # fmt: skip
+
+
+@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+def _rotate_share(
+    qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH, share,
+    num_shares,
+):  # fmt: skip
+    num_kv_heads, num_rows = k_CNH.shape[1], len(slots_T)
+    for row in range(num_rows * share // num_shares, num_rows * (share + 1) // num_shares):
+        cos, sin = rotations[positions_T[row], 0], rotations[positions_T[row], 1]
+        for head in range(num_heads_T[row]):
+            _rotate(qkv_TMH[row, head], cos, sin)
+        for head in range(num_kv_heads):
+            _rotate(qkv_TMH[row, first_key + head], cos, sin)
+            k_CNH[slots_T[row], head] = qkv_TMH[row, first_key + head]
+            v_CNH[slots_T[row], head] = qkv_TMH[row, first_key + num_kv_heads + head]
 
 
 @njit(fastmath=True, nogil=True, cache=True, error_model="numpy")

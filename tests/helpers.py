@@ -69,15 +69,15 @@ def whole_model(folder: Path) -> ColmModel:
 
 
 def before_each_block(model: ServingModel, call: Callable[[], object]) -> None:
-    """Call `call` whenever the model is about to run a block: to count, slow down or hold."""
+    """Call `call` before layers run, one or several: to count, slow down or hold."""
     assert isinstance(model, CpuModel)
 
     def hold(run: Callable[..., None], *arguments: Any) -> None:
         call()
         run(*arguments)
 
-    for block in model.blocks:
-        block.run = partial(hold, block.run)  # type: ignore[method-assign]
+    model.run_layers = partial(hold, model.run_layers)  # type: ignore[method-assign]
+    model.finish_layer = partial(hold, model.finish_layer)  # type: ignore[method-assign]
 
 
 @torch.inference_mode()

@@ -76,17 +76,15 @@ class KvPool:
         self._slots = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
 
     @cached_property
-    def _arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(layer[0].numpy(), layer[1].numpy()) for layer in self._slots]
+    def array(self) -> np.ndarray:
+        """On a CPU, the memory itself, [layers, K and V, slots, N, H]; for kernels."""
+        array: np.ndarray = self._slots.numpy()
+        return array
 
     @property
     def num_bytes_per_token(self) -> int:
         """K and V of one token in one layer."""
         return self.layout.num_elements_per_token * self._slots.element_size()
-
-    def arrays(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """A layer's keys and values on a CPU, [slots, N, H] each; the memory itself."""
-        return self._arrays[layer]
 
     def table(self, pages: Sequence[int]) -> BlockTable:
         return BlockTable(tuple(pages), self.page_size)

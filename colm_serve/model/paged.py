@@ -94,7 +94,7 @@ class PagedContext:
         self.pool = pool
         self._num_heads = tuple(accumulate(config.heads_per_chain))
         self._spans = spans
-        self._on_layer = on_layer
+        self.on_layer = on_layer
 
     @cached_property
     def rows(self) -> RowIndex:
@@ -108,8 +108,8 @@ class PagedContext:
 
     def stored(self, layer: int) -> None:
         """A layer's keys and values of this batch stand in the pool."""
-        if self._on_layer is not None:
-            self._on_layer(layer)
+        if self.on_layer is not None:
+            self.on_layer(layer)
 
     def attend(self, layer: int, q_TQH: Tensor, num_rows: Sequence[int]) -> Tensor:
         o_TQH = torch.zeros_like(q_TQH)
