@@ -28,6 +28,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from colm_serve.kernels import huge_pages
 from colm_serve.kernels.math_cpu import sigmoid
 
 # Starting numba's threads sets the calling thread's number of OpenMP threads, which is torch's too.
@@ -103,7 +104,7 @@ class PackedLinear:
         blocks = [-(-m.out_width // self._outputs_per_block) for m in matrices]
         sizes = [count * BLOCK * m.in_width for count, m in zip(blocks, matrices, strict=True)]
         num_scales = sum(blocks) * BLOCK if dtype is torch.int8 else 0
-        self._weights = torch.zeros(num_layers, sum(sizes), dtype=dtype)
+        self._weights = huge_pages.zeros((num_layers, sum(sizes)), dtype)
         self._scales = torch.ones(num_layers, num_scales)
         first_weight, first_block = [0, *accumulate(sizes)], [0, *accumulate(blocks)]
         jobs = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from colm_serve.core import KvLayout
+from colm_serve.kernels import huge_pages
 
 # Frames are read in place from the immutable bytes they arrived in; nothing writes to them.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -73,7 +74,11 @@ class KvPool:
             layout.num_layers, 2, num_pages * page_size, layout.num_kv_heads, layout.head_dim,
         )  # fmt: skip
         # Zeroed, so that every page is faulted in before the first request, not during it.
-        self._slots = torch.zeros(shape, dtype=_DTYPES[layout.dtype], device=device)
+        dtype = _DTYPES[layout.dtype]
+        if torch.device(device).type == "cpu":
+            self._slots = huge_pages.zeros(shape, dtype)
+        else:
+            self._slots = torch.zeros(shape, dtype=dtype, device=device)
 
     @cached_property
     def array(self) -> np.ndarray:
