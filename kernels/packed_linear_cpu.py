@@ -147,6 +147,8 @@ class PackedLinear:
             self._scales[layer, first_block * BLOCK :][: scales.numel()] = scales.flatten()
             rows = (rows / scales).round()
         flat = rows.transpose(1, 2).flatten()
+        if self._weights.dtype is torch.bfloat16:
+            flat = _interleave(flat)
         self._weights[layer, first_weight:][: flat.numel()] = flat
 
     def __call__(
@@ -160,6 +162,11 @@ class PackedLinear:
     ) -> None:
         """Compute a layer's matrices; see `multiply`."""
         multiply(self.arrays, layer, x_TD, y_TO, first_rows, end_rows, num_threads)
+
+
+def _interleave(packed: Tensor) -> Tensor:
+    """Neighbours in memory are the outputs j and 16 + j, which are loaded as one 32-bit number."""
+    return packed.view(-1, 2, LANES).transpose(1, 2).flatten()
 
 
 @njit(nogil=True, cache=True)
@@ -303,7 +310,7 @@ def _emit_sums(
     k = builder.phi(_INT64)
     k.add_incoming(_INT64(0), before)
     sums = [builder.phi(_FLOATS) for _ in range(2 * len(x_rows))]
-    halves = [_emit_load(builder, block, stored, k, half) for half in (0, 1)]
+    halves = _emit_load(builder, block, stored, k)
     totals = []
     for t, x_row in enumerate(x_rows):
         x = _emit_splat(builder, builder.load(builder.gep(x_row, [k])))
@@ -318,18 +325,23 @@ def _emit_sums(
     return totals
 
 
-def _emit_load(builder: ir.IRBuilder, block: Any, stored: str, k: Any, half: int) -> Any:
-    """16 weights of input k as fp32."""
-    place = builder.gep(block, [builder.add(builder.mul(k, _INT64(BLOCK)), _INT64(half * LANES))])
-    place = builder.bitcast(place, ir.VectorType(_STORED[stored], LANES).as_pointer())
-    raw = builder.load(place, align=_STORED_BYTES[stored] * LANES)
-    if stored == "float32":
-        return raw
-    if stored == "int8":
-        return builder.sitofp(builder.sext(raw, _INT32S), _FLOATS)
-    # A bfloat16 is the upper half of the float32 of the same value.
-    upper = builder.shl(builder.zext(raw, _INT32S), ir.Constant(_INT32S, [16] * LANES))
-    return builder.bitcast(upper, _FLOATS)
+def _emit_load(builder: ir.IRBuilder, block: Any, stored: str, k: Any) -> list[Any]:
+    """The block's weights of input k as fp32, half by half."""
+    place = builder.gep(block, [builder.mul(k, _INT64(BLOCK))])
+    if stored == "uint16":
+        # A bfloat16 is the upper half of the float32 of the same value; see `_interleave`.
+        both = builder.load(builder.bitcast(place, _INT32S.as_pointer()), align=4 * LANES)
+        lower = builder.shl(both, ir.Constant(_INT32S, [16] * LANES))
+        upper = builder.and_(both, ir.Constant(_INT32S, [0xFFFF0000] * LANES))
+        return [builder.bitcast(half, _FLOATS) for half in (lower, upper)]
+    vector = ir.VectorType(_STORED[stored], LANES)
+    halves = []
+    for half in (0, 1):
+        start = builder.bitcast(builder.gep(place, [_INT64(half * LANES)]), vector.as_pointer())
+        raw = builder.load(start, align=_STORED_BYTES[stored] * LANES)
+        is_float = stored == "float32"
+        halves.append(raw if is_float else builder.sitofp(builder.sext(raw, _INT32S), _FLOATS))
+    return halves
 
 
 def _emit_splat(builder: ir.IRBuilder, value: Any) -> Any:
