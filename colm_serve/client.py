@@ -16,6 +16,7 @@ import grpc.aio
 
 from colm_serve.config import TlsConfig
 from colm_serve.errors import InvalidArgument
+from colm_serve.grammar import Grammar, GrammarKind
 from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
 from colm_serve.router import serde
 from colm_serve.router.cluster_status import ClusterStatus
@@ -40,6 +41,8 @@ __all__ = [
     "ClusterStatus",
     "Finished",
     "GenerationEvent",
+    "Grammar",
+    "GrammarKind",
     "Options",
     "Started",
     "Token",
@@ -70,6 +73,7 @@ class Options(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     min_tokens: int
     logprobs: int | None
+    grammar: Grammar | None
     stop: str | Sequence[str]
     level: int | None
     min_level: int | None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from colm_serve.errors import InvalidArgument
+from colm_serve.grammar import Grammar
 
 MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
@@ -30,7 +31,8 @@ class SamplingParams:
     """How the next token is chosen; draws are keyed by (seed, position).
 
     `logit_bias` pairs token ids with what is added to their scores; `logprobs` is the number of
-    likeliest tokens to report with each chosen one, None for no logprobs at all.
+    likeliest tokens to report with each chosen one, None for no logprobs at all. The end of a
+    `grammar` is the end of the text, whatever `ignore_eos` and `min_tokens` say.
 
     Raises:
         InvalidArgument: a value outside what is allowed.
@@ -50,6 +52,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         # Written so that NaN fails too.
@@ -104,7 +107,8 @@ class SamplingParams:
 
     def ending_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """The tokens that end the text, given those of the model."""
-        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos_token_ids)
+        does_eos_end = self.grammar is not None or not self.ignore_eos
+        return frozenset(self.stop_token_ids).union(eos_token_ids if does_eos_end else ())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 
 from colm_serve.config import DecodeConfig, TlsConfig
+from colm_serve.decode_worker.grammars import GrammarQueue
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.session import DecodeSession
 from colm_serve.decode_worker.worker import DecodeWorker
@@ -38,6 +39,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     async def start(self) -> None:
         self._server = make_server()
         self._channels = ChannelCache(self._tls)
+        self._grammars = GrammarQueue(self._worker.grammars)
         self._fetcher = PromptFetcher(
             self._worker.pool,
             self._worker.layout,
@@ -56,6 +58,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         await self._channels.close()
         await asyncio.get_running_loop().run_in_executor(None, self._worker.stop)
         self._fetcher.close()
+        self._grammars.close()
 
     async def GetStatus(
         self, request: decode_pb2.DecodeStatusRequest, context: _Context
@@ -85,7 +88,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         async for message in controls:
             request = serde.decode_start_from_proto(message)
             return DecodeSession(
-                self._worker, self._fetcher, request, self._config.local_prefill_tokens
+                self._worker,
+                self._fetcher,
+                self._grammars,
+                request,
+                self._config.local_prefill_tokens,
             )
         raise InvalidArgument("control", "an empty stream", "start, as the first message")
 

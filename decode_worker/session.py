@@ -15,6 +15,7 @@ from colm_serve.core import (
     FinishReason,
     StageTimings,
 )
+from colm_serve.decode_worker.grammars import GrammarQueue
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.scheduler import Sequence
 from colm_serve.decode_worker.worker import DecodeWorker, PromptComputed
@@ -30,11 +31,13 @@ class DecodeSession:
         self,
         worker: DecodeWorker,
         fetcher: PromptFetcher,
+        grammars: GrammarQueue,
         request: DecodeRequest,
         local_prefill_tokens: int,
     ) -> None:
         self._worker = worker
         self._fetcher = fetcher
+        self._grammars = grammars
         self._request = request
         self._local_prefill_tokens = local_prefill_tokens
         self._progress: asyncio.Queue[_Progress] = asyncio.Queue()
@@ -54,11 +57,15 @@ class DecodeSession:
         """Admitted, the tokens, Decoded. Closing the generator frees the pages within one step.
 
         Raises:
-            ColmError: refused (see `DecodeWorker.admit`), or the compute thread failed.
+            ColmError: refused (see `GrammarQueue.compile`, `DecodeWorker.admit`), or the compute
+                thread failed.
         """
         loop = asyncio.get_running_loop()
+        grammar = await self._grammars.compile(self._request.sampling)
         sequence = self._sequence = self._worker.admit(
-            self._request, lambda item: loop.call_soon_threadsafe(self._progress.put_nowait, item)
+            self._request,
+            lambda item: loop.call_soon_threadsafe(self._progress.put_nowait, item),
+            grammar,
         )
         try:
             yield Admitted(sequence.num_cached)

@@ -19,6 +19,7 @@ from colm_serve.core import (
 )
 from colm_serve.decode_worker.scheduler import DecodeScheduler, LocalChunk, Sequence
 from colm_serve.engine.compute_thread import ComputeThread
+from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
@@ -47,6 +48,7 @@ class DecodeWorker:
         self.layout: KvLayout = kv_layout(loaded)
         self.pool = make_pool(loaded, config.num_pages, config.page_size)
         self.kv_identity = loaded.kv_identity
+        self.grammars = GrammarCompiler(loaded.folder, loaded.model.config)
         self.num_steps = 0
         self._model = loaded.model
         self._config = config
@@ -80,8 +82,16 @@ class DecodeWorker:
         """End the compute thread after the turn it is in."""
         self._compute.stop()
 
-    def admit(self, request: DecodeRequest, sink: SequenceSink) -> Sequence:
+    def admit(
+        self,
+        request: DecodeRequest,
+        sink: SequenceSink,
+        grammar: CompiledGrammar | None = None,
+    ) -> Sequence:
         """Check a request and reserve its pages; `sink` hears of it until `release`.
+
+        Args:
+            grammar: that of the request, compiled by `grammars`, which takes too long for here.
 
         Raises:
             Incompatible: the router means other weights.
@@ -96,7 +106,7 @@ class DecodeWorker:
             sequence = self._scheduler.admit(request)
             self._sinks[id(sequence)] = sink
             eos_token_ids = self._model.config.eos_token_ids
-            processor = LogitsProcessor.make(request, sequence.tokens, eos_token_ids)
+            processor = LogitsProcessor.make(request, sequence.tokens, eos_token_ids, grammar)
             if processor is not None:
                 self._processors[id(sequence)] = processor
             return sequence
@@ -213,6 +223,9 @@ class DecodeWorker:
             row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
             for sequence, reason in self._scheduler.complete_rows(tuple(sampled.tokens)):
                 sink, row = self._sinks[id(sequence)], row_of[id(sequence)]
+                if reason is not None and (failure := _failure(processors[row])) is not None:
+                    sink(failure)
+                    continue
                 logprobs = sampled.logprobs.get(row)
                 sink(DecodedToken(sampled.tokens[row], rows[row].level, logprobs))
                 if reason is not None:
@@ -241,3 +254,7 @@ class DecodeWorker:
     def _fail_all(self, error: Unavailable) -> None:
         for sink in self._sinks.values():
             sink(error)
+
+
+def _failure(processor: LogitsProcessor | None) -> InvalidArgument | None:
+    return None if processor is None else processor.failure()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from colm_serve.router.token_bytes import REPLACEMENT
+from colm_serve.model.vocabulary import REPLACEMENT
 
 
 @dataclass(frozen=True)

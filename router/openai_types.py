@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from colm_serve.core import MAX_LOGPROBS
 from colm_serve.errors import InvalidArgument
+from colm_serve.router.openai_grammar import read_grammar
 from colm_serve.router.request import (
     ChatMessage,
     ChatPrompt,
@@ -40,8 +41,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -102,6 +101,8 @@ class _GenerationBody(_Body):
     logit_bias: dict[str, float] | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -135,6 +136,7 @@ class _GenerationBody(_Body):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=_logit_bias(self.logit_bias or {}),
             logprobs=logprobs,
+            grammar=read_grammar(self.response_format, self.structured_outputs),
             **{name: value for name, value in values.items() if value is not None},
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from colm_serve.core import FinishReason, Logprobs, StageTimings
+from colm_serve.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     logprobs: int | None = None
+    grammar: Grammar | None = None
     stop: tuple[str, ...] = ()
     sla_class: str | None = None
     level: int | None = None

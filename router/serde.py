@@ -21,6 +21,8 @@ from colm_serve.router.request import (
 from colm_serve.transport.serde import (
     finish_reason_from_proto,
     finish_reason_to_proto,
+    grammar_from_proto,
+    grammar_to_proto,
     logprobs_from_proto,
     logprobs_to_proto,
     timings_from_proto,
@@ -48,6 +50,7 @@ def request_to_proto(request: GenerationRequest) -> generation_pb2.GenerateReque
                 stop_token_ids=request.stop_token_ids,
                 min_tokens=request.min_tokens,
                 logprobs=request.logprobs,
+                grammar=grammar_to_proto(request.grammar),
             ),
             stop=request.stop,
             sla_class=request.sla_class,
@@ -75,7 +78,7 @@ def _set_prompt(message: generation_pb2.GenerateRequest, prompt: Prompt) -> None
 
 
 def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationRequest:
-    """Raises InvalidArgument when there is no prompt."""
+    """Raises InvalidArgument when there is no prompt, or a grammar that can not be one."""
     sampling = message.sampling
     return GenerationRequest(
         prompt=_prompt_from_proto(message),
@@ -96,6 +99,7 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationReq
         stop_token_ids=tuple(sampling.stop_token_ids),
         min_tokens=sampling.min_tokens,
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        grammar=grammar_from_proto(sampling),
         stop=tuple(message.stop),
         sla_class=message.sla_class or None,
         level=message.level if message.HasField("level") else None,

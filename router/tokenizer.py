@@ -13,8 +13,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HfTokenizer
 
 from colm_serve.errors import CheckpointError, InvalidArgument
+from colm_serve.model.vocabulary import load_tokenizer, token_bytes
 from colm_serve.router.request import ChatMessage
-from colm_serve.router.token_bytes import REPLACEMENT, piece_bytes
 
 
 class Tokenizer:
@@ -24,7 +24,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._special = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token")}
         self._template = _chat_template(settings.get("chat_template"))
-        self._cached_bytes = functools.lru_cache(maxsize=16384)(self._find_bytes)
+        find_bytes = functools.partial(token_bytes, tokenizer)
+        self._cached_bytes = functools.lru_cache(maxsize=16384)(find_bytes)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -33,14 +34,8 @@ class Tokenizer:
         Raises:
             CheckpointError: a file is there but cannot be read.
         """
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            return None
-        try:
-            tokenizer = HfTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower one
-            raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
-        return cls(tokenizer, _read_settings(folder))
+        tokenizer = load_tokenizer(folder)
+        return None if tokenizer is None else cls(tokenizer, _read_settings(folder))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, special tokens of the model's own (such as BOS) included.
@@ -80,16 +75,6 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, special ones too; part of a UTF-8 character perhaps."""
         return self._cached_bytes(token_id)
-
-    def _find_bytes(self, token_id: int) -> bytes:
-        # Some decoders drop the space that begins a text, so the token is looked at in its middle.
-        once, twice = (
-            str(self._tokenizer.decode([token_id] * count, skip_special_tokens=False))
-            for count in (1, 2)
-        )
-        if REPLACEMENT not in once:
-            return twice[len(once) :].encode("utf-8")
-        return piece_bytes(str(self._tokenizer.id_to_token(token_id)))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

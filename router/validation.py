@@ -75,6 +75,9 @@ class Validator:
         _check_stop(request.stop)
         if request.stop and self._tokenizer is None:
             raise InvalidArgument("stop", list(request.stop), "none: this model has no tokenizer")
+        if request.grammar is not None and self._tokenizer is None:
+            allowed = "none: this model has no tokenizer"
+            raise InvalidArgument(request.grammar.field, request.grammar.text, allowed)
         prompt = await self._encode(request)
         return CheckedRequest(
             prompt=prompt,
@@ -184,6 +187,7 @@ class Validator:
             stop_token_ids=request.stop_token_ids,
             min_tokens=request.min_tokens,
             logprobs=request.logprobs,
+            grammar=request.grammar,
         )
         sampling.check_vocabulary(self._model.vocab_size, self._model.eos_token_ids)
         return sampling

@@ -1,6 +1,7 @@
 """What one request asks to be done to the model's scores before a token is chosen from them.
 
-In order: logit bias, penalties, and no token that ends the text before `min_tokens`.
+In order: logit bias, penalties, no token that ends the text before `min_tokens`, and none that
+the grammar does not allow. Where the grammar leaves nothing but the end, `min_tokens` yields.
 
 Shapes: V vocabulary.
 """
@@ -13,38 +14,58 @@ import torch
 from torch import Tensor
 
 from colm_serve.core import DecodeRequest
+from colm_serve.engine.grammar import GrammarState
+from colm_serve.engine.grammar_compiler import CompiledGrammar
 from colm_serve.engine.penalties import Penalties
+from colm_serve.errors import InvalidArgument
 
 
 class LogitsProcessor:
     """The rules of one sequence; most requests have none, and then `make` gives None."""
 
     def __init__(
-        self, request: DecodeRequest, tokens: Sequence[int], eos_token_ids: Iterable[int]
+        self,
+        request: DecodeRequest,
+        tokens: Sequence[int],
+        eos_token_ids: Iterable[int],
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         sampling = request.sampling
         self._tokens = tokens
         self._bias = sampling.logit_bias
         self._num_before_end = len(request.prompt) + sampling.min_tokens
         self._ending = sorted(sampling.ending_token_ids(eos_token_ids))
+        num_prompt_tokens = len(request.prompt) - request.num_resumed_tokens
         self._penalties: Penalties | None = None
         if Penalties.apply_to(sampling):
-            num_prompt_tokens = len(request.prompt) - request.num_resumed_tokens
             self._penalties = Penalties(sampling, tokens, num_prompt_tokens)
+        self._grammar: GrammarState | None = None
+        if grammar is not None:
+            self._grammar = GrammarState(grammar, tokens, num_prompt_tokens)
 
     @classmethod
     def make(
-        cls, request: DecodeRequest, tokens: Sequence[int], eos_token_ids: Iterable[int]
+        cls,
+        request: DecodeRequest,
+        tokens: Sequence[int],
+        eos_token_ids: Iterable[int],
+        grammar: CompiledGrammar | None = None,
     ) -> LogitsProcessor | None:
         """The rules of a request, or None when it leaves the scores as they are.
 
         Args:
             tokens: the sequence's own list, prompt first, to which its tokens will be added.
+            grammar: that of the request, compiled.
         """
         sampling = request.sampling
-        if sampling.logit_bias or sampling.min_tokens or Penalties.apply_to(sampling):
-            return cls(request, tokens, eos_token_ids)
+        has_rules = sampling.logit_bias or sampling.min_tokens or Penalties.apply_to(sampling)
+        if has_rules or grammar is not None:
+            return cls(request, tokens, eos_token_ids, grammar)
         return None
+
+    def failure(self) -> InvalidArgument | None:
+        """Why the text, which has ended, broke its grammar; None when it did not."""
+        return None if self._grammar is None else self._grammar.failure()
 
     def process(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> Tensor:
         """The scores to choose the next token from, in fp32; `logits_V` stays as it is.
@@ -60,7 +81,13 @@ class LogitsProcessor:
             logits_V[list(token_ids)] += torch.tensor(biases, device=logits_V.device)
         if self._penalties is not None:
             logits_V = self._penalties.apply(logits_V, drafts)
-        if len(self._tokens) + len(drafts) < self._num_before_end and self._ending:
+        may_end = len(self._tokens) + len(drafts) >= self._num_before_end
+        if self._grammar is not None:
+            allowed_V = self._grammar.allowed(drafts)
+            may_end = may_end or not bool(allowed_V.sum() > allowed_V[self._ending].sum())
+            allowed_V = allowed_V.to(logits_V.device)
+            logits_V = logits_V.masked_fill(~allowed_V, float("-inf"))
+        if self._ending and not may_end:
             logits_V = logits_V.clone()
             logits_V[self._ending] = float("-inf")
         return logits_V

@@ -43,10 +43,11 @@ M_co = TypeVar("M_co", bound=ServingModel, covariant=True)
 
 @dataclass(frozen=True)
 class LoadedModel(Generic[M_co]):
-    """A model, and the name of the keys and values it makes."""
+    """A model, the name of the keys and values it makes, and the folder it comes from if any."""
 
     model: M_co
     kv_identity: str
+    folder: Path | None = None
 
 
 def chain_path(folder: Path, chain: int) -> Path:
@@ -137,7 +138,7 @@ def load_model(
         _load_chain(model, folder, chain, base, dtype, device)
     model.rotations = model.rotations.to(device)
     model.requires_grad_(False)
-    return LoadedModel(model.eval(), _kv_identity(model.config, base))
+    return LoadedModel(model.eval(), _kv_identity(model.config, base), folder)
 
 
 def load_cpu_model(
@@ -156,7 +157,7 @@ def load_cpu_model(
         packed.take_chain(model, chain)
         for _, owner, index in _chain_slots(model, chain):
             owner[index] = nn.Parameter(owner[index].detach().to("meta"), requires_grad=False)
-    return LoadedModel(packed, _kv_identity(model.config, base))
+    return LoadedModel(packed, _kv_identity(model.config, base), folder)
 
 
 def _make_empty(folder: Path, num_chains: int | None, with_head: bool) -> ColmModel:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models
 
+from colm_serve.model.vocabulary import REPLACEMENT
 from colm_serve.router.detokenizer import Detokenizer, Piece, StopMatcher
-from colm_serve.router.token_bytes import REPLACEMENT
 from tests.router.cluster import trained_tokenizer
 from tests.router.scripted import VOCAB_SIZE
 

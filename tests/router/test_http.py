@@ -286,14 +286,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools"),
-    (
-        CHAT,
-        {
-            "messages": [{"role": "user", "content": "x"}],
-            "response_format": {"type": "json_object"},
-        },
-        "response_format",
-    ),
+    (CHAT, {**HELLO, "guided_json": {"type": "object"}}, "guided_json"),
 ]
 
 

@@ -26,6 +26,7 @@ from colm_serve.core import (
     TokenLogprob,
 )
 from colm_serve.errors import InvalidArgument
+from colm_serve.grammar import Grammar, GrammarKind
 from colm_serve.proto.colm.v1 import common_pb2, decode_pb2, prefill_pb2
 from colm_serve.transport import serde
 
@@ -94,6 +95,25 @@ def test_sampling(sampling: SamplingParams) -> None:
 def test_absent_sampling_fields_take_their_defaults() -> None:
     sampling = serde.sampling_from_proto(common_pb2.SamplingParams(), max_tokens=7, seed=9)
     assert sampling == SamplingParams(max_tokens=7, seed=9)
+
+
+@pytest.mark.parametrize("kind", GrammarKind)
+def test_grammars(kind: GrammarKind) -> None:
+    grammar = Grammar(kind, "" if kind is GrammarKind.JSON_OBJECT else "{}", "what it is called")
+    sampling = SamplingParams(7, seed=9, grammar=grammar)
+    message = serde.sampling_to_proto(sampling).SerializeToString()
+    read = common_pb2.SamplingParams.FromString(message)
+    got = serde.sampling_from_proto(read, max_tokens=1, seed=1)
+    assert got == sampling
+    assert got.grammar is not None
+    assert got.grammar.field == "what it is called"
+
+
+@pytest.mark.parametrize("grammar", [common_pb2.Grammar(), common_pb2.Grammar(json_object=False)])
+def test_a_grammar_without_a_kind_is_refused(grammar: common_pb2.Grammar) -> None:
+    message = common_pb2.SamplingParams(grammar=grammar)
+    with pytest.raises(InvalidArgument, match="grammar"):
+        serde.sampling_from_proto(message, max_tokens=1, seed=1)
 
 
 def test_a_temperature_of_zero_is_not_absent() -> None:

@@ -22,6 +22,7 @@ from colm_serve.transport.serde.decode import (
     move_level_from_proto,
     move_level_to_proto,
 )
+from colm_serve.transport.serde.grammar import grammar_from_proto, grammar_to_proto
 from colm_serve.transport.serde.prefill import (
     prefill_request_from_proto,
     prefill_request_to_proto,
@@ -38,6 +39,8 @@ __all__ = [
     "decode_status_to_proto",
     "finish_reason_from_proto",
     "finish_reason_to_proto",
+    "grammar_from_proto",
+    "grammar_to_proto",
     "layout_from_proto",
     "layout_to_proto",
     "logprobs_from_proto",

@@ -11,6 +11,7 @@ from colm_serve.core import (
     TokenLogprob,
 )
 from colm_serve.proto.colm.v1 import common_pb2
+from colm_serve.transport.serde.grammar import grammar_from_proto, grammar_to_proto
 
 _REASONS = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -44,6 +45,7 @@ def sampling_from_proto(
         stop_token_ids=tuple(message.stop_token_ids),
         min_tokens=message.min_tokens,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
+        grammar=grammar_from_proto(message),
     )
 
 
@@ -63,6 +65,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
         stop_token_ids=sampling.stop_token_ids,
         min_tokens=sampling.min_tokens,
         logprobs=sampling.logprobs,
+        grammar=grammar_to_proto(sampling.grammar),
     )
 
 

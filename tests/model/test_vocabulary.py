@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from colm_serve.router.token_bytes import piece_bytes
+from colm_serve.model.vocabulary import piece_bytes
 from colm_serve.router.tokenizer import Tokenizer
 from tests.router.cluster import save_tokenizer, trained_tokenizer
 from tests.router.scripted import VOCAB_SIZE

@@ -1,0 +1,94 @@
+"""What a client may hold a text to: a JSON schema, a regular expression or a grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from colm_serve.errors import InvalidArgument
+
+MAX_SCHEMA_CHARS = 65_536
+#: Few characters of these can mean a large automaton.
+MAX_PATTERN_CHARS = 16_384
+MAX_CHOICES = 1_000
+
+
+class GrammarKind(Enum):
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    EBNF = "ebnf"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The texts that a generation may come to; the whole output is one of them.
+
+    Args:
+        text: the schema as JSON, the expression, or EBNF as llama.cpp writes it with a rule
+            `root`; empty for JSON_OBJECT.
+        field: what errors call it; by default grammar.<kind>.
+
+    Raises:
+        InvalidArgument: empty, too long, or a schema that is not JSON.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+    field: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.field:
+            object.__setattr__(self, "field", f"grammar.{self.kind.value}")
+        if self.kind is GrammarKind.JSON_OBJECT:
+            if self.text:
+                raise InvalidArgument(self.field, self.text, "no text: any JSON object matches")
+            return
+        longest = MAX_PATTERN_CHARS
+        if self.kind is GrammarKind.JSON_SCHEMA:
+            longest = MAX_SCHEMA_CHARS
+        if not 1 <= len(self.text) <= longest:
+            shown = f"{len(self.text)} characters"
+            raise InvalidArgument(self.field, shown, f"1 to {longest} characters")
+        self._check_characters()
+        if self.kind is GrammarKind.JSON_SCHEMA:
+            self._check_schema()
+
+    @classmethod
+    def of_choices(cls, choices: Sequence[str], field: str = "") -> Grammar:
+        """One of some texts, as it stands; raises InvalidArgument as the constructor does."""
+        field = field or "grammar.choice"
+        if not 1 <= len(choices) <= MAX_CHOICES or not all(choices):
+            allowed = f"1 to {MAX_CHOICES} texts, none empty"
+            raise InvalidArgument(field, list(choices), allowed)
+        return cls(GrammarKind.EBNF, "root ::= " + " | ".join(map(_quoted, choices)), field)
+
+    def _check_characters(self) -> None:
+        try:
+            self.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            allowed = "Unicode text without lone surrogates"
+            raise InvalidArgument(self.field, self.text, allowed) from error
+        if "\0" in self.text:
+            raise InvalidArgument(self.field, self.text, "text without NUL characters")
+
+    def _check_schema(self) -> None:
+        try:
+            schema = json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgument(self.field, self.text, f"a schema in JSON ({error})") from error
+        if not isinstance(schema, dict | bool):
+            raise InvalidArgument(self.field, schema, "a JSON object")
+
+
+def _quoted(text: str) -> str:
+    """A string of the EBNF; what is not printable is written as its code point."""
+    return '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    return character if character.isprintable() else f"\\U{ord(character):08x}"
