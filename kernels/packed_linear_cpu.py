@@ -23,12 +23,13 @@ import numba
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from colm_serve.kernels import huge_pages
+from colm_serve.kernels.jit_cpu import kernel
 from colm_serve.kernels.math_cpu import sigmoid
 
 # Starting numba's threads sets the calling thread's number of OpenMP threads, which is torch's too.
@@ -169,7 +170,7 @@ def _interleave(packed: Tensor) -> Tensor:
     return packed.view(-1, 2, LANES).transpose(1, 2).flatten()
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def multiply(linear, layer, x_TD, y_TO, first_rows, end_rows, num_threads):
     """Compute into `y_TO` the rows [first_rows[i], end_rows[i]) of every matrix of chain i.
 
@@ -187,7 +188,9 @@ def multiply(linear, layer, x_TD, y_TO, first_rows, end_rows, num_threads):
     )  # fmt: skip
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+# No fastmath: it lets one copy of an unrolled loop round otherwise than the next, and then a row's
+# bits depend on its place in the batch.
+@kernel(parallel=True)
 def _multiply(
     weights, scales, jobs, x_TD, y_TO, first_rows, end_rows, epilogue, num_threads
 ):  # fmt: skip
@@ -216,7 +219,7 @@ def _multiply(
                     _finish(sums, y_TO, row, num_rows, column, width, epilogue)
 
 
-@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel()
 def _finish(sums, y_TO, row, num_rows, column, width, epilogue):
     for i in range(num_rows):
         y = y_TO[row + i]
@@ -237,7 +240,7 @@ def _finish(sums, y_TO, row, num_rows, column, width, epilogue):
                 y[column + j] = 0.5 * value * (1 + math.erf(value * math.sqrt(0.5)))
 
 
-@njit(fastmath=True, nogil=True, cache=True)
+@kernel()
 def _any_tile(weights, offset, x_TD, row, in_column, in_width, sums, num_rows):
     # The number of rows is a constant of the tile: its sums are registers, not memory.
     if num_rows == 1:

@@ -9,15 +9,16 @@ Shapes: T rows, Q query heads, N kv heads, M heads of all kinds, H head dim, C s
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from colm_serve.kernels.jit_cpu import kernel
 from colm_serve.kernels.math_cpu import exp
 
 #: Fewer rows than this are not worth waking other threads for.
 _FEW_ROWS = 16
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def rotate_and_store(
     qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH, num_threads
 ):
@@ -43,7 +44,7 @@ def rotate_and_store(
         )  # fmt: skip
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(parallel=True, fastmath=True)
 def _rotate_all(
     qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH, num_threads
 ):
@@ -54,7 +55,7 @@ def _rotate_all(
         )  # fmt: skip
 
 
-@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(fastmath=True)
 def _rotate_share(
     qkv_TMH, num_heads_T, first_key, positions_T, slots_T, rotations, k_CNH, v_CNH, share,
     num_shares,
@@ -70,7 +71,7 @@ def _rotate_share(
             v_CNH[slots_T[row], head] = qkv_TMH[row, first_key + num_kv_heads + head]
 
 
-@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(fastmath=True)
 def _rotate(x_H, cos, sin):
     """Each of the first half against its partner in the second, as `model.rope.rotate` pairs."""
     low, high = x_H[: len(cos)], x_H[len(cos) :]
@@ -80,7 +81,7 @@ def _rotate(x_H, cos, sin):
         high[i] = b * cos[i] + a * sin[i]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(parallel=True, fastmath=True)
 def attend(
     q_TMH, rows, num_heads_T, positions_T, page_starts_T, pages, page_size, k_CNH, v_CNH, out_TQH,
     num_threads,
@@ -113,7 +114,7 @@ def attend(
             item += end_head - first_head
 
 
-@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(fastmath=True)
 def _attend_heads(
     q_MH, num_repeats, first_head, end_head, num_tokens, pages, page_size, k_CNH, v_CNH, out_QH
 ):  # fmt: skip
@@ -146,7 +147,7 @@ def _attend_heads(
                     _add_scaled(out_QH[repeat * num_kv_heads + head], value, weight)
 
 
-@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(fastmath=True)
 def _dot(a, b):
     total = np.float32(0)
     for i in range(len(a)):
@@ -154,13 +155,13 @@ def _dot(a, b):
     return total
 
 
-@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(fastmath=True)
 def _add_scaled(total, x, weight):
     for i in range(len(total)):
         total[i] += weight * x[i]
 
 
-@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(fastmath=True)
 def _softmax(scores):
     highest = scores[0]
     for i in range(1, len(scores)):

@@ -6,13 +6,15 @@ Shapes: T rows (tokens), D model width.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from colm_serve.kernels.jit_cpu import kernel
 
 #: Fewer rows than this are not worth waking other threads for.
 _FEW_ROWS = 16
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def chain_rms_norm(x_TD, gains_D, first_columns, end_rows, eps, out_TD, num_threads):
     """As `kernels.rms_norm.chain_rms_norm`; what a row's level lacks is left as it was.
 
@@ -29,13 +31,13 @@ def chain_rms_norm(x_TD, gains_D, first_columns, end_rows, eps, out_TD, num_thre
         _norm_all(x_TD, gains_D, first_columns, end_rows, eps, out_TD, num_threads)
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(parallel=True, fastmath=True)
 def _norm_all(x_TD, gains_D, first_columns, end_rows, eps, out_TD, num_threads):
     for thread in prange(num_threads):
         _norm_share(x_TD, gains_D, first_columns, end_rows, eps, out_TD, thread, num_threads)
 
 
-@njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+@kernel(fastmath=True)
 def _norm_share(x_TD, gains_D, first_columns, end_rows, eps, out_TD, share, num_shares):
     for chain in range(len(end_rows)):
         first, end = first_columns[chain], first_columns[chain + 1]

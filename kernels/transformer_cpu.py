@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from colm_serve.kernels.jit_cpu import kernel
 from colm_serve.kernels.packed_linear_cpu import PackedArrays, multiply
 from colm_serve.kernels.paged_attention_cpu import attend, rotate_and_store
 from colm_serve.kernels.rms_norm_cpu import chain_rms_norm
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
     num_threads: int
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def run_layers(layers, buffers, batch, kv_LECNH):
     """Take the residual stream through every layer; all rows attend one by one.
 
@@ -77,7 +77,7 @@ def run_layers(layers, buffers, batch, kv_LECNH):
         finish_layer(layers, layer, buffers, batch)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def store_kv(layers, layer, buffers, batch, kv_LECNH):
     """A layer's queries into their buffer, its keys and values into the pool."""
     threads = batch.num_threads
@@ -94,7 +94,7 @@ def store_kv(layers, layer, buffers, batch, kv_LECNH):
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def attend_rows(layers, layer, buffers, batch, kv_LECNH):
     """Attention of the rows in `batch.single`."""
     attend(
@@ -104,7 +104,7 @@ def attend_rows(layers, layer, buffers, batch, kv_LECNH):
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def finish_layer(layers, layer, buffers, batch):
     """Output projection and feed-forward, each added to the residual stream."""
     first, end, threads = batch.first_rows, batch.end_rows, batch.num_threads
