@@ -22,7 +22,7 @@ from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.engine.loading import make_pool, to_serving
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.sampler import Run, sample
 from colm_serve.engine.step import Segment, run_pass
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.model.checkpoint import LoadedModel
@@ -61,8 +61,7 @@ class Stepper:
             for level, table in zip(levels, self._tables, strict=False)
         ]
         scores = run_pass(self.model, self._pool, rows)
-        num_rows = len(rows)
-        sample(scores.logits_SV, [GREEDY] * num_rows, [CACHED_TOKENS + 1] * num_rows)
+        sample(scores.logits_SV, [Run(GREEDY, CACHED_TOKENS + 1)] * len(rows))
 
     def fill_cache(self) -> None:
         """Compute the cached tokens' keys and values, all of token 1, for every row."""

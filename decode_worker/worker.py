@@ -23,7 +23,7 @@ from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.sampler import Run, sample
 from colm_serve.engine.step import Segment, measure_step_cost, run_pass
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
@@ -212,22 +212,22 @@ class DecodeWorker:
         if not rows:
             return
         scores = run_pass(self._model, self.pool, rows)
-        sampled = sample(
-            scores.logits_SV,
-            [sequence.request.sampling for sequence in sequences],
-            [row.stop for row in rows],
-            processors,
-        )
+        runs = [
+            Run(sequence.request.sampling, row.stop, processor)
+            for sequence, row, processor in zip(sequences, rows, processors, strict=True)
+        ]
+        sampled = sample(scores.logits_SV, runs)
         with self._compute.lock:
             self.num_steps += 1
             row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
-            for sequence, reason in self._scheduler.complete_rows(tuple(sampled.tokens)):
+            made = [row.tokens[0] for row in sampled]
+            for sequence, reason in self._scheduler.complete_rows(tuple(made)):
                 sink, row = self._sinks[id(sequence)], row_of[id(sequence)]
                 if reason is not None and (failure := _failure(processors[row])) is not None:
                     sink(failure)
                     continue
-                logprobs = sampled.logprobs.get(row)
-                sink(DecodedToken(sampled.tokens[row], rows[row].level, logprobs))
+                logprobs = sampled[row].logprobs
+                sink(DecodedToken(made[row], rows[row].level, logprobs[0] if logprobs else None))
                 if reason is not None:
                     sink(reason)
 

@@ -17,7 +17,7 @@ from colm_serve.decode_worker.service import DecodeService
 from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.engine.loading import load_for_serving
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.sampler import Run, sample
 from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.cpu_model import CpuModel
@@ -86,16 +86,28 @@ def generate_alone(
     prompt: tuple[int, ...],
     levels: Sequence[int],
     sampling: SamplingParams = GREEDY,
+    draft_level: int | None = None,
 ) -> list[int]:
-    """Tokens of the whole model in one process, without pages or cache: token i at levels[i]."""
+    """Tokens of the whole model in one process, without pages or cache: token i at levels[i].
+
+    Those at levels above `draft_level` are drawn as speculation with that drafter draws them.
+    """
     model = whole_model(folder)
     tokens = list(prompt)
     request = DecodeRequest("alone", prompt, levels[0], sampling, (), "")
     processor = LogitsProcessor.make(request, tokens, model.config.eos_token_ids)
     for level in levels:
-        logits_TV = next_logits(model, tokens, level)
-        tokens += sample(logits_TV, [sampling], [len(tokens)], [processor]).tokens
+        drafter_logits = None
+        if draft_level is not None and level > draft_level:
+            drafter_logits = next_logits(model, tokens, draft_level)
+        run = Run(sampling, len(tokens), processor, drafter_logits_SV=drafter_logits)
+        tokens += sample_rows(next_logits(model, tokens, level), run)
     return tokens[len(prompt) :]
+
+
+def sample_rows(logits_BV: torch.Tensor, *runs: Run) -> list[int]:
+    """The token of each row, none of which has drafts."""
+    return [token for sampled in sample(logits_BV, runs) for token in sampled.tokens]
 
 
 @torch.inference_mode()

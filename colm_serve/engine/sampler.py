@@ -1,76 +1,123 @@
-"""Choose the next token of each row: greedy, or a draw keyed by (seed, position).
+"""Choose next tokens: greedy, or draws keyed by (seed, position); and tell which drafts hold.
 
-A draw depends on nothing but the row's own scores, rules, seed and position, so a request
-continues with the same text on another worker, in another batch, after a restart.
+A token depends on nothing but its row's own scores, rules, seed and position, so a request
+continues with the same text on another worker, in another batch, after a restart, and whatever
+is drafted for it.
 
-Shapes: B rows, R rows that want logprobs, V vocabulary.
+Shapes: B rows, S scored rows, R rows that want logprobs, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from colm_serve.core import MAX_LOGPROBS, Logprobs, SamplingParams, TokenLogprob
-from colm_serve.engine.draws import distribution, draw
+from colm_serve.engine.draws import distribution, draw, draw_speculated
 from colm_serve.engine.logits_processor import LogitsProcessor
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A token id a row, and by row the logprobs of those that asked for them."""
+    """The tokens of a run, and the logprobs of each if they were asked for."""
 
     tokens: list[int]
-    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    logprobs: list[Logprobs] | None = None
 
 
-def sample(
-    logits_BV: Tensor,
-    sampling: Sequence[SamplingParams],
-    positions: Sequence[int],
-    processors: Sequence[LogitsProcessor | None] | None = None,
-) -> Sampled:
-    """Choose each row's token.
+@dataclass(frozen=True)
+class Run:
+    """One sequence's scored rows: after its last token, then after each of its drafts.
+
+    `position` is the one in the sequence that the token after the first row will have. With
+    `drafter_logits_SV`, the drafter's scores of the same rows, a sampled token is a speculated
+    draw. Whether a request has them must not depend on what is drafted, for its text not to.
+    """
+
+    sampling: SamplingParams
+    position: int
+    processor: LogitsProcessor | None = None
+    drafts: tuple[int, ...] = ()
+    drafter_logits_SV: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return 1 + len(self.drafts)
+
+    def choose(self, index: int, logits_V: Tensor, best: int) -> int:
+        """The token after the first `index` drafts, given its scores and the best of them."""
+        greedy = self.sampling.temperature == 0
+        if greedy and self.processor is None:
+            return best
+        logits_V = self._process(index, logits_V)
+        if greedy:
+            return int(logits_V.argmax())
+        p_V, position = distribution(logits_V, self.sampling), self.position + index
+        if self.drafter_logits_SV is None:
+            return draw(p_V, self.sampling, position)
+        drafter_V = self._process(index, self.drafter_logits_SV[index])
+        q_V = distribution(drafter_V, self.sampling)
+        return draw_speculated(p_V, q_V, self.sampling, position)
+
+    def _process(self, index: int, logits_V: Tensor) -> Tensor:
+        if self.processor is None:
+            return logits_V
+        return self.processor.process(logits_V, self.drafts[:index])
+
+
+def sample(logits_SV: Tensor, runs: Sequence[Run]) -> list[Sampled]:
+    """Each run's tokens: the drafts as far as the model makes them too, then one of its own.
 
     Args:
-        logits_BV: [B, V] scores.
-        sampling: each row's parameters.
-        positions: the position in its sequence that each row's new token will have.
-        processors: each row's rules, where it has some; None: no row has.
+        logits_SV: [S, V] scores of all runs' rows, one run after the other.
+        runs: with `num_rows` rows each.
     """
-    chosen: list[int] = logits_BV.argmax(dim=-1).tolist()
-    processors = [None] * len(chosen) if processors is None else processors
-    rows = zip(sampling, positions, processors, strict=True)
-    for row, (params, position, processor) in enumerate(rows):
-        if processor is None and params.temperature == 0:
-            continue
-        logits_V = logits_BV[row] if processor is None else processor.process(logits_BV[row])
-        if params.temperature > 0:
-            chosen[row] = draw(distribution(logits_V, params), params, position)
-        else:
-            chosen[row] = int(logits_V.argmax())
-    return Sampled(chosen, _logprobs(logits_BV, sampling, chosen))
+    best = logits_SV.argmax(dim=-1).tolist()
+    bounds = pairwise([0, *accumulate(run.num_rows for run in runs)])
+    return [
+        _sample_run(run, logits_SV[first:end], best[first:end])
+        for run, (first, end) in zip(runs, bounds, strict=True)
+    ]
 
 
-def _logprobs(
-    logits_BV: Tensor, sampling: Sequence[SamplingParams], chosen: Sequence[int]
-) -> dict[int, Logprobs]:
-    rows = [row for row, params in enumerate(sampling) if params.logprobs is not None]
-    if not rows:
-        return {}
-    logprobs_RV = torch.log_softmax(logits_BV[rows].float(), dim=-1)
-    # The same number for all, for ties to fall as they would without the other rows.
+def draft(logits_BV: Tensor, runs: Sequence[Run]) -> list[int]:
+    """The drafter's token after each run's drafts, given its own scores there, [B, V]."""
+    best = logits_BV.argmax(dim=-1).tolist()
+    return [
+        run.choose(len(run.drafts), logits_V, b)
+        for run, logits_V, b in zip(runs, logits_BV, best, strict=True)
+    ]
+
+
+def _sample_run(run: Run, logits_SV: Tensor, best: Sequence[int]) -> Sampled:
+    tokens: list[int] = []
+    for expected in (*run.drafts, None):
+        index = len(tokens)
+        tokens.append(run.choose(index, logits_SV[index], best[index]))
+        if tokens[-1] != expected:
+            break
+    num_top = run.sampling.logprobs
+    if num_top is None:
+        return Sampled(tokens)
+    return Sampled(tokens, _logprobs(logits_SV[: len(tokens)], tokens, num_top))
+
+
+def _logprobs(logits_RV: Tensor, chosen: Sequence[int], num_top: int) -> list[Logprobs]:
+    logprobs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
+    # The same number whatever is asked, for ties to fall the same way.
     values, token_ids = logprobs_RV.topk(min(MAX_LOGPROBS, logprobs_RV.shape[-1]), dim=-1)
-    wanted = torch.tensor([[chosen[row]] for row in rows], device=logprobs_RV.device)
+    wanted = torch.tensor(chosen, device=logprobs_RV.device)[:, None]
     own = logprobs_RV.gather(1, wanted).flatten().tolist()
-    found = zip(rows, own, token_ids.tolist(), values.tolist(), strict=True)
-    return {
-        row: Logprobs(
-            chosen=TokenLogprob(chosen[row], logprob),
-            top=tuple(map(TokenLogprob, ids[: sampling[row].logprobs], best)),
+    return [
+        Logprobs(
+            chosen=TokenLogprob(token, logprob),
+            top=tuple(map(TokenLogprob, ids[:num_top], best)),
         )
-        for row, logprob, ids, best in found
-    }
+        for token, logprob, ids, best in zip(
+            chosen, own, token_ids.tolist(), values.tolist(), strict=True
+        )
+    ]

@@ -12,14 +12,14 @@ from torch import Tensor
 from colm_serve.core import SamplingParams
 from colm_serve.engine.loading import kv_layout
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.sampler import Run
 from colm_serve.engine.step import Segment, run_pass
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.attention import CausalContext
 from colm_serve.model.checkpoint import LoadedModel, load_model
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.transformer import ColmModel, level_rows
-from tests.helpers import GREEDY, whole_model
+from tests.helpers import GREEDY, sample_rows, whole_model
 
 PAGE_SIZE = 16
 #: Pages of three sequences: scattered, neighbours, and in falling order.
@@ -94,5 +94,5 @@ def decode(
     tokens = list(prompt)
     for level in levels:
         scores = run_pass(model, pool, [decode_row(tokens, level, table)])
-        tokens += sample(scores.logits_SV, [sampling], [len(tokens)]).tokens
+        tokens += sample_rows(scores.logits_SV, Run(sampling, len(tokens)))
     return tokens[len(prompt) :]

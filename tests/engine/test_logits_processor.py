@@ -15,7 +15,8 @@ from torch import Tensor
 
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.sampler import Run
+from tests.helpers import sample_rows
 
 EOS = 3
 VOCAB_SIZE = 11
@@ -174,8 +175,8 @@ def test_rows_with_rules_do_not_touch_the_others(temperature: float) -> None:
     ruled = SamplingParams(1, temperature=temperature, seed=4, logit_bias=((9, 100.0),))
     rows = LOGITS.expand(4, -1)
     rules = make([1], logit_bias=((9, 100.0),))
-    got = sample(rows, [plain, ruled, plain, ruled], [5] * 4, [None, rules, None, rules]).tokens
-    [alone] = sample(LOGITS[None], [plain], [5]).tokens
+    got = sample_rows(rows, *[Run(plain, 5), Run(ruled, 5, rules)] * 2)
+    [alone] = sample_rows(LOGITS[None], Run(plain, 5))
     assert got == [alone, 9, alone, 9]
 
 
@@ -186,9 +187,7 @@ def test_draws_follow_the_softmax_of_the_changed_scores() -> None:
     assert processor is not None
     params = SamplingParams(20, **fields)
     rows = LOGITS.expand(num_draws, -1)
-    chosen = sample(
-        rows, [params] * num_draws, list(range(num_draws)), [processor] * num_draws
-    ).tokens
+    chosen = sample_rows(rows, *(Run(params, i, processor) for i in range(num_draws)))
     counts = torch.bincount(torch.tensor(chosen), minlength=VOCAB_SIZE).double()
     expected = torch.softmax(processor.process(LOGITS).double(), dim=0) * num_draws
     assert counts[EOS] == 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.sampler import Run, sample
 
 
 def scores(num_rows: int, vocab_size: int = 40, seed: int = 0) -> torch.Tensor:
@@ -26,9 +26,10 @@ def test_they_are_the_log_softmax_of_the_models_scores(temperature: float, num_t
     )
     request = DecodeRequest("r", (1,), 1, asked, (), "")
     processor = LogitsProcessor.make(request, [1], ())
-    sampled = sample(logits_BV, [asked], [1], [processor])
+    [sampled] = sample(logits_BV, [Run(asked, 1, processor)])
     expected = torch.log_softmax(logits_BV[0].double(), dim=0)
-    got = sampled.logprobs[0]
+    assert sampled.logprobs is not None
+    [got] = sampled.logprobs
     assert sampled.tokens == [7], "biased"
     assert got.chosen.token_id == 7
     assert got.chosen.logprob == pytest.approx(float(expected[7]), abs=1e-5)
@@ -39,14 +40,15 @@ def test_they_are_the_log_softmax_of_the_models_scores(temperature: float, num_t
 
 
 def test_a_vocabulary_may_be_smaller_than_the_number_asked() -> None:
-    sampled = sample(scores(1, vocab_size=3), [SamplingParams(1, logprobs=20)], [1])
+    [sampled] = sample(scores(1, vocab_size=3), [Run(SamplingParams(1, logprobs=20), 1)])
+    assert sampled.logprobs is not None
     assert len(sampled.logprobs[0].top) == 3
 
 
 def test_only_rows_that_ask_have_them() -> None:
-    plain, asked = SamplingParams(1), SamplingParams(1, logprobs=0)
-    assert sample(scores(2), [plain, plain], [1, 1]).logprobs == {}
-    assert list(sample(scores(3), [plain, asked, plain], [1] * 3).logprobs) == [1]
+    plain, asked = Run(SamplingParams(1), 1), Run(SamplingParams(1, logprobs=0), 1)
+    have = [sampled.logprobs is not None for sampled in sample(scores(3), [plain, asked, plain])]
+    assert have == [False, True, False]
 
 
 @settings(deadline=None)
@@ -55,10 +57,12 @@ def test_a_rows_do_not_depend_on_the_others(seed: int, num_top: int, has_ties: b
     logits_BV = scores(3, seed=seed)
     if has_ties:
         logits_BV = logits_BV.round()
-    mine = SamplingParams(1, seed=seed, logprobs=num_top)
-    others = [SamplingParams(1, temperature=0, logprobs=20), SamplingParams(1)]
-    alone = sample(logits_BV[:1], [mine], [9])
-    together = sample(logits_BV, [mine, *others], [9, 3, 4])
-    turned = sample(logits_BV.flip(0), [*others, mine], [3, 4, 9])
-    assert alone.tokens[0] == together.tokens[0] == turned.tokens[2]
-    assert alone.logprobs[0] == together.logprobs[0] == turned.logprobs[2]
+    mine = Run(SamplingParams(1, seed=seed, logprobs=num_top), 9)
+    others = [
+        Run(SamplingParams(1, temperature=0, logprobs=20), 3),
+        Run(SamplingParams(1), 4),
+    ]
+    [alone] = sample(logits_BV[:1], [mine])
+    together = sample(logits_BV, [mine, *others])
+    turned = sample(logits_BV.flip(0), [*others, mine])
+    assert alone == together[0] == turned[2]

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from colm_serve.core import MAX_SEED, SamplingParams
 from colm_serve.engine.draws import uniform
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.sampler import Run
+from tests.helpers import sample_rows
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, 2.5])
 
 
 def draws(sampling: SamplingParams, num_draws: int, logits: torch.Tensor = LOGITS) -> list[int]:
     rows = logits.expand(num_draws, -1)
-    return sample(rows, [sampling] * num_draws, list(range(num_draws))).tokens
+    return sample_rows(rows, *(Run(sampling, i) for i in range(num_draws)))
 
 
 def test_temperature_zero_takes_the_best() -> None:
@@ -89,10 +90,14 @@ def test_a_row_does_not_depend_on_the_others(seed: int, position: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits_BV = torch.randn(3, 17, generator=generator) * 3
     mine = SamplingParams(1, temperature=0.9, top_p=0.9, seed=seed)
-    others = [SamplingParams(1, temperature=0), SamplingParams(1, top_k=3, seed=seed + 1)]
-    alone = sample(logits_BV[:1], [mine], [position]).tokens
-    together = sample(logits_BV, [mine, *others], [position, 3, 4]).tokens
-    turned = sample(logits_BV.flip(0), [*others, mine], [3, 4, position]).tokens
+    run = Run(mine, position)
+    others = [
+        Run(SamplingParams(1, temperature=0), 3),
+        Run(SamplingParams(1, top_k=3, seed=seed + 1), 4),
+    ]
+    alone = sample_rows(logits_BV[:1], run)
+    together = sample_rows(logits_BV, run, *others)
+    turned = sample_rows(logits_BV.flip(0), *others, run)
     assert alone == together[:1] == turned[2:]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from colm_serve.core import SamplingParams, StepCost
 from colm_serve.engine.loading import to_serving
-from colm_serve.engine.sampler import sample
+from colm_serve.engine.sampler import Run
 from colm_serve.engine.step import Segment, measure_step_cost, run_pass
 from tests.engine.paged import (
     PAGES,
@@ -27,6 +27,7 @@ from tests.helpers import (
     generate_alone,
     make_prompt,
     next_logits,
+    sample_rows,
     whole_model,
 )
 
@@ -75,8 +76,8 @@ def test_rows_at_mixed_levels_equal_each_alone(folder: Path) -> None:
     for _ in range(6):
         rows = [decode_row(*row) for row in zip(texts, levels, tables, strict=True)]
         scores = run_pass(model, pool, rows)
-        sampled = sample(scores.logits_SV, samplings, [len(text) for text in texts])
-        for text, token in zip(texts, sampled.tokens, strict=True):
+        runs = [Run(sampling, len(text)) for sampling, text in zip(samplings, texts, strict=True)]
+        for text, token in zip(texts, sample_rows(scores.logits_SV, *runs), strict=True):
             text.append(token)
     for prompt, text, level, sampling in zip(prompts, texts, levels, samplings, strict=True):
         assert text[len(prompt) :] == generate_alone(folder, prompt, [level] * 6, sampling)
