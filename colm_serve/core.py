@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from colm_serve.errors import InvalidArgument
 from colm_serve.grammar import Grammar
@@ -221,19 +222,39 @@ class StepCost:
     """A decode worker's measured step time.
 
     A step takes the sum over chains i of `chain_s[i]` (when any row uses the chain: its weights
-    are read once) plus `row_s[i]` for each row beyond the first.
+    are read once), `row_s[i]` for each row beyond the first, `wide_row_s[i]` more for each beyond
+    the first `NUM_NARROW_ROWS` (then arithmetic, not memory, sets the pace), and
+    `cached_token_s[i]` for each token that one of the rows attends to.
     """
+
+    NUM_NARROW_ROWS: ClassVar[int] = 8
 
     chain_s: tuple[float, ...]
     row_s: tuple[float, ...]
+    wide_row_s: tuple[float, ...] = ()
+    cached_token_s: tuple[float, ...] = ()
 
-    def step_s(self, rows_per_chain: Sequence[int]) -> float:
-        """Predicted seconds of a step in which chain i serves `rows_per_chain[i]` rows."""
-        return sum(
+    def step_s(
+        self, rows_per_chain: Sequence[int], cached_tokens_per_chain: Sequence[int] = ()
+    ) -> float:
+        """Predicted seconds of a step.
+
+        Args:
+            rows_per_chain: how many rows chain i serves.
+            cached_tokens_per_chain: how many tokens they attend to, all rows together.
+        """
+        seconds = sum(
             chain + row * (rows - 1)
             for chain, row, rows in zip(self.chain_s, self.row_s, rows_per_chain, strict=False)
             if rows > 0
         )
+        wide_rows = (max(0, rows - self.NUM_NARROW_ROWS) for rows in rows_per_chain)
+        seconds += _dot(self.wide_row_s, wide_rows)
+        return seconds + _dot(self.cached_token_s, cached_tokens_per_chain)
+
+
+def _dot(seconds: Iterable[float], counts: Iterable[int]) -> float:
+    return sum(each * number for each, number in zip(seconds, counts, strict=False))
 
 
 @dataclass(frozen=True)

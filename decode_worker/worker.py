@@ -54,7 +54,7 @@ class DecodeWorker:
         self._config = config
         self._worker_id = worker_id
         self._epoch = epoch
-        self._step_cost = measure_step_cost(loaded.model, self.pool, config.max_rows)
+        self._step_cost = measure_step_cost(loaded.model, self.pool)
         self._prefill_tokens_per_s = 0.0
         self._ledger = PageLedger(config.num_pages)
         self._scheduler = DecodeScheduler(

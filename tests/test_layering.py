@@ -32,6 +32,7 @@ PURE = (
     "core.py",
     "errors.py",
     "grammar.py",
+    "engine/speculation.py",
     "kv/ledger.py",
     "prefill_worker/scheduler.py",
     "decode_worker/scheduler.py",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.paged import PagedContext, Span
 from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import level_rows
+
+_COSTED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -99,32 +101,42 @@ def run_pass(model: ServingModel, pool: KvPool, segments: Sequence[Segment]) -> 
     return Scores(model.logits(x_SD, level_rows(scored_levels)), x_SD)
 
 
-def measure_step_cost(
-    model: ServingModel, pool: KvPool, max_rows: int, repeats: int = 5
-) -> StepCost:
-    """Time steps of one row and of several at each level; the differences are the chains' costs.
+def measure_step_cost(model: ServingModel, pool: KvPool, repeats: int = 5) -> StepCost:
+    """Time steps at each level; the differences from level to level are the chains' costs.
 
-    Uses the pool's first page as scratch: call it before anything is cached.
+    There is one of a row, one of several, one of many, and one of a row behind many tokens. Uses
+    the pool's first pages as scratch: call it before anything is cached.
     """
-    table = pool.table([0])
-    many = max(2, min(8, max_rows))
-    one_s, many_s = [0.0], [0.0]
+    table = pool.table(range(min(pool.num_pages, -(-_COSTED_TOKENS // pool.page_size))))
+    num_cached = min(_COSTED_TOKENS, len(table.pages) * pool.page_size, model.config.max_context)
+    narrow = StepCost.NUM_NARROW_ROWS
+    one_s, row_s, wide_row_s, cached_token_s = ([0.0] for _ in range(4))
     for level in range(1, model.num_chains + 1):
-        for num_rows, seconds in ((1, one_s), (many, many_s)):
-            step = partial(_greedy_step, model, pool, [Segment((0,), 0, level, table)] * num_rows)
-            step()
-            samples = []
-            for _ in range(repeats):
-                begin = time.perf_counter()
-                step()
-                samples.append(time.perf_counter() - begin)
-            # A level costs at least what the level below it does; noise may say otherwise.
-            seconds.append(max(seconds[-1], statistics.median(samples)))
-    levels = range(1, model.num_chains + 1)
-    chain_s = [one_s[k] - one_s[k - 1] for k in levels]
-    per_level = [max(0.0, many_s[k] - one_s[k]) / (many - 1) for k in range(len(one_s))]
-    row_s = [max(0.0, per_level[k] - per_level[k - 1]) for k in levels]
-    return StepCost(tuple(chain_s), tuple(row_s))
+        row, last_row = (Segment((0,), p, level, table) for p in (0, num_cached - 1))
+        one, some, many, last = (
+            _median_s(partial(_greedy_step, model, pool, segments), repeats)
+            for segments in ([row], [row] * narrow, [row] * 2 * narrow, [last_row])
+        )
+        # A level costs at least what the level below it does; noise may say otherwise.
+        one_s.append(max(one_s[-1], one))
+        row_s.append(max(row_s[-1], (some - one) / (narrow - 1)))
+        wide_row_s.append(max(wide_row_s[-1], (many - some) / narrow - row_s[-1]))
+        cached_token_s.append(max(cached_token_s[-1], (last - one) / num_cached))
+    return StepCost(*map(_per_chain, (one_s, row_s, wide_row_s, cached_token_s)))
+
+
+def _per_chain(per_level: Sequence[float]) -> tuple[float, ...]:
+    return tuple(upper - lower for lower, upper in pairwise(per_level))
+
+
+def _median_s(run: Callable[[], object], repeats: int) -> float:
+    run()
+    samples = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - begin)
+    return statistics.median(samples)
 
 
 def _greedy_step(model: ServingModel, pool: KvPool, segments: Sequence[Segment]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,15 +163,19 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_measured_step_cost_has_a_share_for_each_chain(folder: Path) -> None:
-    cost = measure_step_cost(whole_model(folder), poisoned_pool(folder), max_rows=8, repeats=3)
-    assert len(cost.chain_s) == len(cost.row_s) == 3
-    assert all(s >= 0 for s in (*cost.chain_s, *cost.row_s))
+    cost = measure_step_cost(whole_model(folder), poisoned_pool(folder), repeats=3)
+    parts = (cost.chain_s, cost.row_s, cost.wide_row_s, cost.cached_token_s)
+    assert all(len(part) == 3 and min(part) >= 0 for part in parts)
     assert 0 < cost.step_s((1,)) <= cost.step_s((1, 1, 1)) <= cost.step_s((8, 8, 8)) < 10
 
 
-def test_step_cost_adds_chains_and_further_rows() -> None:
+def test_step_cost_adds_chains_further_rows_and_what_they_attend_to() -> None:
     cost = StepCost(chain_s=(1.0, 2.0, 4.0), row_s=(0.1, 0.2, 0.4))
     assert cost.step_s((1,)) == 1.0
     assert cost.step_s((3, 2)) == pytest.approx(1.0 + 0.2 + 2.0 + 0.2)
     assert cost.step_s((1, 1, 0)) == 3.0
     assert cost.step_s(()) == 0
+    cost = replace(cost, wide_row_s=(0.01, 0.02, 0.04), cached_token_s=(0.001, 0.002, 0.004))
+    assert cost.step_s((8, 8)) == pytest.approx(1.7 + 3.4)
+    assert cost.step_s((10, 8)) == pytest.approx(1.9 + 0.02 + 3.4)
+    assert cost.step_s((1, 1), (100, 10)) == pytest.approx(3.0 + 0.1 + 0.02)
