@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from colm_serve.core import SamplingParams
+from colm_serve.engine.empty_grammar import is_empty
 from colm_serve.engine.json_schema import check_schema
 from colm_serve.errors import InvalidArgument
 from colm_serve.grammar import Grammar, GrammarKind
@@ -78,16 +80,14 @@ class GrammarCompiler:
         if grammar is None:
             return None
         backend = self._get_backend(grammar)
-        stops = [*self._eos_token_ids, *filter(backend.has_no_text, sampling.stop_token_ids)]
+        stops = [*self._eos_token_ids, *filter(backend.is_special, sampling.stop_token_ids)]
         if not stops:
             allowed = "none: this model has no token that ends a text"
             raise InvalidArgument(grammar.field, grammar.text, allowed)
-        compiled = CompiledGrammar(
-            grammar, tuple(stops), self._vocab_size, backend.compile(grammar), backend.library
-        )
-        if not backend.allows_any(compiled):
+        compiled = backend.compile(grammar)
+        if not backend.has_text(grammar):
             raise InvalidArgument(grammar.field, grammar.text, "a grammar that some text matches")
-        return compiled
+        return CompiledGrammar(grammar, tuple(stops), self._vocab_size, compiled, backend.library)
 
     def _get_backend(self, grammar: Grammar) -> _Backend:
         with self._lock:
@@ -108,6 +108,7 @@ class _Backend:
         self._vocabulary = vocabulary
         self.library.set_max_recursion_depth(_MAX_NESTING)
         self._of_text = self._make(vocabulary)
+        self.has_text = functools.lru_cache(maxsize=256)(self._find_text)
         # The library's strings of bounded length have control characters as they are.
         self._of_json = self._make([b"" if _CONTROL.search(text) else text for text in vocabulary])
 
@@ -119,13 +120,9 @@ class _Backend:
         )
         return compiler
 
-    def has_no_text(self, token_id: int) -> bool:
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token adds nothing to a text."""
         return not self._vocabulary[token_id]
-
-    def allows_any(self, compiled: CompiledGrammar) -> bool:
-        """Whether there is a token that the text can begin with."""
-        mask = self.library.allocate_token_bitmask(1, compiled.vocab_size)
-        return not compiled.new_matcher().fill_next_token_bitmask(mask) or bool(mask.any())
 
     def compile(self, grammar: Grammar) -> xgrammar.CompiledGrammar:
         try:
@@ -146,6 +143,16 @@ class _Backend:
             reason = _LOCATION.sub("", str(error)).strip().split("\n")[0][:200]
             allowed = f"{_NAMES[grammar.kind]} ({reason})"
             raise InvalidArgument(grammar.field, grammar.text, allowed) from error
+
+    def _find_text(self, grammar: Grammar) -> bool:
+        """Whether a grammar has a text, and a token that it can begin with."""
+        compiled = self.compile(grammar)
+        if is_empty(compiled.grammar.serialize_json()):
+            return False
+        matcher = self.library.GrammarMatcher(compiled)
+        mask = self.library.allocate_token_bitmask(1, len(self._vocabulary))
+        is_limited = matcher.fill_next_token_bitmask(mask)
+        return matcher.is_completed() or not is_limited or bool(mask.any())
 
 
 _NAMES = {

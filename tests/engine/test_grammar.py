@@ -162,6 +162,14 @@ def test_texts_match_their_ebnf(compile_: Compile, vocabulary: list[bytes]) -> N
         assert flat == "X", text
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['root ::= "a" root | ""', 'root ::= x{0,3} "b"\nx ::= x', 'root ::= x*\nx ::= "b" x'],
+)
+def test_a_rule_without_a_text_may_be_left_out(compile_: Compile, text: str) -> None:
+    assert allowed(GrammarState(compile_("ebnf", text), [PROMPT], 1))
+
+
 def test_choices_stand_as_they_are(compile_: Compile, vocabulary: list[bytes]) -> None:
     choices = ['a"b', "c\\d", "é\n", "🙂", "x\x7f", "\u2028", "root ::="]
     compiled = compile_("ebnf", Grammar.of_choices(choices).text)
@@ -184,11 +192,14 @@ REFUSED: list[tuple[str, str, str]] = [
     ("ebnf", 'start ::= "a"', "grammar.ebnf"),
     ("ebnf", "root ::= other", "grammar.ebnf"),
     ("ebnf", 'root ::= root "a"', "grammar.ebnf"),
+    ("ebnf", 'root ::= "a" root', "grammar.ebnf"),
+    ("ebnf", 'root ::= "a" x{2,3} | y\nx ::= "b" x\ny ::= [a-z] y y', "grammar.ebnf"),
     ("json_schema", "false", "grammar.json_schema"),
     ("json_schema", '{"type": "text"}', "grammar.json_schema"),
     ("json_schema", '{"enum": []}', "grammar.json_schema"),
     ("json_schema", '{"$ref": "#/$defs/a"}', "grammar.json_schema"),
     ("json_schema", '{"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}', "grammar"),
+    ("json_schema", '{"properties": {"a": {"$ref": "#"}}, "required": ["a"]}', "grammar"),
     ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}', "grammar.json_schema"),
     ("json_schema", '{"items": ' * 65 + "{}" + "}" * 65, "grammar.json_schema.items.items"),
     ("json_schema", '{"const": ' + "[" * 600 + "]" * 600 + "}", "grammar.json_schema"),
