@@ -157,15 +157,15 @@ def scheduling(repeats: int) -> list[Row]:
     """What the scheduler adds to a step of 256 running sequences, and 10,000 short lives."""
     ledger = PageLedger(16384)
     scheduler = DecodeScheduler(
-        ledger, page_size=PAGE_SIZE, max_rows=256, max_waiting=64, chunk_tokens=256,
-        eos_token_ids=(), cache_root=b"",
+        ledger, page_size=PAGE_SIZE, max_rows=256, max_waiting=64, max_batch_tokens=512,
+        expected_output_tokens=256, eos_token_ids=(), cache_root=b"",
     )  # fmt: skip
     long = SamplingParams(max_tokens=500, temperature=0)
     for i in range(256):
         scheduler.start(scheduler.admit(DecodeRequest("r", (i,), 1 + i % 4, long, (), "")))
 
     def step() -> None:
-        scheduler.complete_rows((0,) * len(scheduler.next_rows()))
+        scheduler.complete_turn([(0,)] * len(scheduler.next_turn().slices))
 
     seconds = measure(step, 20 * repeats)
     before = ledger.num_free

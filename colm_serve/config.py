@@ -80,7 +80,12 @@ class DecodeConfig(WorkerConfig):
 
     max_rows: Count = 32
     max_waiting: Count = 64
-    chunk_tokens: Count = 256
+    max_batch_tokens: Count = Field(
+        default=256, description="a step's rows, verified drafts and locally computed prompt"
+    )
+    expected_output_tokens: Count = Field(
+        default=256, description="output that pages are reserved for; more is taken as it comes"
+    )
     local_prefill_tokens: int = Field(
         default=32, ge=0, description="a missing suffix up to this long is computed here"
     )
@@ -90,6 +95,15 @@ class DecodeConfig(WorkerConfig):
         description="how matrices are kept: auto is float32 on a CPU and bfloat16 on a GPU; the "
         "smaller ones are for a CPU, whose steps take as long as their bytes take to read",
     )
+
+    @model_validator(mode="after")
+    def _prompts_fit_beside_rows(self) -> DecodeConfig:
+        if self.max_batch_tokens <= self.max_rows:
+            raise ValueError(
+                f"max_batch_tokens {self.max_batch_tokens} is not above max_rows {self.max_rows}: "
+                "a prompt computed beside a full batch would stand still"
+            )
+        return self
 
 
 class RouterConfig(_Frozen):

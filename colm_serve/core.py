@@ -159,6 +159,7 @@ class DecodeRequest:
     """What a router asks of a decode worker.
 
     The last `num_resumed_tokens` of the prompt are output that another worker made before.
+    Cached keys and values are shared with requests of the same `cache_salt` only.
     """
 
     request_id: str
@@ -168,6 +169,7 @@ class DecodeRequest:
     prefill_addresses: tuple[str, ...]
     kv_identity: str
     num_resumed_tokens: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,10 @@ def _dot(seconds: Iterable[float], counts: Iterable[int]) -> float:
 
 @dataclass(frozen=True)
 class DecodeStatus:
-    """A decode worker's load; `num_running[k - 1]` counts the rows at level k."""
+    """A decode worker's load; `num_running[k - 1]` counts the rows at level k.
+
+    It reserves pages for a prompt and up to `expected_output_tokens` of output.
+    """
 
     worker_id: str
     epoch: int
@@ -273,6 +278,8 @@ class DecodeStatus:
     page_size: int
     step_cost: StepCost
     prefill_tokens_per_s: float
+    expected_output_tokens: int
+    num_preemptions: int
 
 
 @dataclass(frozen=True)

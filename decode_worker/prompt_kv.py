@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from colm_serve.core import KvLayout, PrefillRequest
-from colm_serve.decode_worker.scheduler import Sequence
+from colm_serve.decode_worker.sequence import Sequence
 from colm_serve.errors import DataLoss, DeadlineExceeded
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.proto.colm.v1 import prefill_pb2
@@ -131,7 +131,7 @@ class PromptFetcher:
     async def _fetch_from(self, address: str, sequence: Sequence) -> None:
         request = PrefillRequest(
             request_id=sequence.request.request_id,
-            tokens=sequence.request.prompt[: sequence.num_prefill],
+            tokens=tuple(sequence.tokens[: sequence.num_prefill]),
             ship_from=sequence.num_computed,
             kv_identity=self._kv_identity,
             layout=self._layout,

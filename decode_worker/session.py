@@ -17,11 +17,9 @@ from colm_serve.core import (
 )
 from colm_serve.decode_worker.grammars import GrammarQueue
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
-from colm_serve.decode_worker.scheduler import Sequence
-from colm_serve.decode_worker.worker import DecodeWorker, PromptComputed
+from colm_serve.decode_worker.sequence import Sequence
+from colm_serve.decode_worker.worker import DecodeWorker, PromptComplete, Readmitted, SequenceNews
 from colm_serve.errors import ColmError
-
-_Progress = PromptComputed | DecodedToken | FinishReason | ColmError
 
 
 class DecodeSession:
@@ -40,9 +38,8 @@ class DecodeSession:
         self._grammars = grammars
         self._request = request
         self._local_prefill_tokens = local_prefill_tokens
-        self._progress: asyncio.Queue[_Progress] = asyncio.Queue()
+        self._progress: asyncio.Queue[SequenceNews] = asyncio.Queue()
         self._sequence: Sequence | None = None
-        self._level = request.level
 
     def move_level(self, level: int) -> None:
         """Make the tokens at another level from the next step on; InvalidArgument if none such."""
@@ -67,35 +64,41 @@ class DecodeSession:
             lambda item: loop.call_soon_threadsafe(self._progress.put_nowait, item),
             grammar,
         )
+        prefilled: float | None = None
+        first: float | None = None
+        num_shipped = 0
         try:
             yield Admitted(sequence.num_cached)
             begin = time.perf_counter()
-            await self._get_prompt_kv(sequence)
-            prefilled = time.perf_counter()
-            self._worker.begin(sequence)
-            first: float | None = None
+            await self._get_kv(sequence)
+            num_shipped = sequence.num_shipped
             while not isinstance(item := await self._next(), FinishReason):
-                assert isinstance(item, DecodedToken), "the prompt is complete"
-                first = first or time.perf_counter()
-                yield item
+                match item:
+                    case PromptComplete():
+                        prefilled = prefilled or time.perf_counter()
+                    case Readmitted():
+                        await self._get_kv(sequence)
+                    case DecodedToken():
+                        first = first or time.perf_counter()
+                        yield item
             end = time.perf_counter()
+            prefilled = prefilled or end
             timings = StageTimings(
                 prefill_s=prefilled - begin,
                 first_step_s=(first or end) - prefilled,
                 decode_s=end - (first or end),
             )
-            yield Decoded(item, sequence.num_cached, sequence.num_shipped, timings)
+            yield Decoded(item, sequence.num_cached, num_shipped, timings)
         finally:
             self._worker.release(sequence)
 
-    async def _get_prompt_kv(self, sequence: Sequence) -> None:
+    async def _get_kv(self, sequence: Sequence) -> None:
+        """Fill the sequence's pages, at first with its prompt, later with its output too."""
         if sequence.num_missing > self._local_prefill_tokens:
             await self._fetcher.fetch(sequence)
-        if sequence.num_missing:
-            self._worker.compute_prompt(sequence)
-            assert isinstance(await self._next(), PromptComputed), "the prompt was not complete"
+        self._worker.begin(sequence)
 
-    async def _next(self) -> _Progress:
+    async def _next(self) -> PromptComplete | Readmitted | DecodedToken | FinishReason:
         item = await self._progress.get()
         if isinstance(item, ColmError):
             raise item

@@ -1,11 +1,12 @@
 """The decode worker's loop: one compute thread that steps a continuous batch of mixed levels.
 
-Between two steps it computes at most one pass of local prefill chunks, so a prompt that is
-computed here slows the running rows down but never stops them.
+A step takes chunks of the prompts that are computed here along, up to a budget of tokens: they
+slow the running rows down but never stop them.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -17,26 +18,35 @@ from colm_serve.core import (
     FinishReason,
     KvLayout,
 )
-from colm_serve.decode_worker.scheduler import DecodeScheduler, LocalChunk, Sequence
+from colm_serve.decode_worker.scheduler import DecodeScheduler
+from colm_serve.decode_worker.sequence import Sequence, Stage
+from colm_serve.decode_worker.turn import Chunk, Row, Turn
 from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.prefill import PrefillChunk, run_prefill
-from colm_serve.engine.sampler import Run, sample
+from colm_serve.engine.sampler import Run, Sampled, sample
 from colm_serve.engine.step import Segment, measure_step_cost, run_pass
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
+from colm_serve.kv.pool import BlockTable
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.serving import ServingModel
 
-
-class PromptComputed:
-    """The prompt's KV, computed on this worker, is complete."""
+logger = logging.getLogger(__name__)
 
 
-#: Called on the compute thread with what became of a sequence; must not block.
-SequenceSink = Callable[[PromptComputed | DecodedToken | FinishReason | ColmError], object]
+class PromptComplete:
+    """All of the prompt's KV is there."""
+
+
+class Readmitted:
+    """The sequence was preempted and has pages again, which lack KV: `begin` it once more."""
+
+
+SequenceNews = PromptComplete | Readmitted | DecodedToken | FinishReason | ColmError
+#: Called with what became of a sequence, mostly on the compute thread; must not block.
+SequenceSink = Callable[[SequenceNews], object]
 
 
 class DecodeWorker:
@@ -62,12 +72,14 @@ class DecodeWorker:
             page_size=config.page_size,
             max_rows=config.max_rows,
             max_waiting=config.max_waiting,
-            chunk_tokens=config.chunk_tokens,
+            max_batch_tokens=config.max_batch_tokens,
+            expected_output_tokens=config.expected_output_tokens,
             eos_token_ids=loaded.model.config.eos_token_ids,
             cache_root=loaded.kv_identity.encode(),
         )
-        self._sinks: dict[int, SequenceSink] = {}
-        self._processors: dict[int, LogitsProcessor] = {}
+        self._sinks: dict[Sequence, SequenceSink] = {}
+        self._processors: dict[Sequence, LogitsProcessor] = {}
+        self._tables: dict[Sequence, BlockTable] = {}
         self._compute = ComputeThread(
             worker_id,
             has_work=lambda: self._scheduler.has_work,
@@ -104,23 +116,19 @@ class DecodeWorker:
         with self._compute.lock:
             self._compute.check_accepting()
             sequence = self._scheduler.admit(request)
-            self._sinks[id(sequence)] = sink
+            self._sinks[sequence] = sink
             eos_token_ids = self._model.config.eos_token_ids
             processor = LogitsProcessor.make(request, sequence.tokens, eos_token_ids, grammar)
             if processor is not None:
-                self._processors[id(sequence)] = processor
+                self._processors[sequence] = processor
             return sequence
 
-    def compute_prompt(self, sequence: Sequence) -> None:
-        """Compute the rest of the prompt's KV here; the sink hears PromptComputed."""
-        with self._compute.lock:
-            self._scheduler.compute_here(sequence)
-            self._compute.lock.notify()
-
     def begin(self, sequence: Sequence) -> None:
-        """The prompt's KV is complete: make tokens until the sequence ends."""
+        """Nobody else fills the sequence's pages: compute what they lack, then make tokens."""
         with self._compute.lock:
             self._scheduler.start(sequence)
+            if sequence.stage is Stage.RUNNING:
+                self._sinks[sequence](PromptComplete())
             self._compute.lock.notify()
 
     def move_level(self, sequence: Sequence, level: int) -> None:
@@ -136,9 +144,11 @@ class DecodeWorker:
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence, ended or not; its pages are free within one step."""
         with self._compute.lock:
-            self._sinks.pop(id(sequence), None)
-            self._processors.pop(id(sequence), None)
+            self._sinks.pop(sequence, None)
+            self._processors.pop(sequence, None)
+            self._tables.pop(sequence, None)
             self._scheduler.cancel(sequence)
+            self._compute.lock.notify()
 
     def check_alive(self) -> None:
         """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
@@ -159,6 +169,8 @@ class DecodeWorker:
                 page_size=self._config.page_size,
                 step_cost=self._step_cost,
                 prefill_tokens_per_s=self._prefill_tokens_per_s,
+                expected_output_tokens=self._config.expected_output_tokens,
+                num_preemptions=self._scheduler.num_preemptions,
             )
 
     def check_integrity(self) -> None:
@@ -193,63 +205,69 @@ class DecodeWorker:
             raise InvalidArgument("level", level, f"1 to {self._model.num_chains}")
 
     def _take_turn(self) -> None:
-        self._decode()
-        self._prefill()
-
-    def _decode(self) -> None:
         with self._compute.lock:
-            sequences = self._scheduler.next_rows()
-            rows = [
-                Segment(
-                    tokens=sequence.tokens[-1:],
-                    start=len(sequence.tokens) - 1,
-                    level=sequence.level,
-                    table=self.pool.table(sequence.pages),
-                )
-                for sequence in sequences
-            ]
-            processors = [self._processors.get(id(sequence)) for sequence in sequences]
-        if not rows:
-            return
-        scores = run_pass(self._model, self.pool, rows)
-        runs = [
-            Run(sequence.request.sampling, row.stop, processor)
-            for sequence, row, processor in zip(sequences, rows, processors, strict=True)
-        ]
-        sampled = sample(scores.logits_SV, runs)
-        with self._compute.lock:
-            self.num_steps += 1
-            row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
-            made = [row.tokens[0] for row in sampled]
-            for sequence, reason in self._scheduler.complete_rows(tuple(made)):
-                sink, row = self._sinks[id(sequence)], row_of[id(sequence)]
-                if reason is not None and (failure := _failure(processors[row])) is not None:
-                    sink(failure)
-                    continue
-                logprobs = sampled[row].logprobs
-                sink(DecodedToken(made[row], rows[row].level, logprobs[0] if logprobs else None))
-                if reason is not None:
-                    sink(reason)
-
-    def _prefill(self) -> None:
-        with self._compute.lock:
-            chunks = self._scheduler.next_chunks()
-            passes = [self._chunk(chunk) for chunk in chunks]
-        if not passes:
+            turn = self._scheduler.next_turn()
+            for sequence in turn.preempted:
+                logger.info(
+                    "request %s: preempted with %d tokens for want of KV pages",
+                    sequence.request.request_id, len(sequence.tokens),
+                )  # fmt: skip
+            for sequence in turn.readmitted:
+                self._sinks[sequence](Readmitted())
+            segments = [self._segment(part) for part in turn.slices]
+            runs = [self._run(part) for part in turn.slices if isinstance(part, Row)]
+        if not segments:
             return
         begin = time.perf_counter()
-        run_prefill(self._model, self.pool, passes)
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        self._prefill_tokens_per_s = num_tokens / (time.perf_counter() - begin)
+        scores = run_pass(self._model, self.pool, segments)
+        sampled = sample(scores.logits_SV, runs)
+        pass_s = time.perf_counter() - begin
+        num_prompt_tokens = sum(p.num_tokens for p in turn.slices if isinstance(p, Chunk))
+        if num_prompt_tokens:
+            self._prefill_tokens_per_s = num_prompt_tokens / pass_s
         with self._compute.lock:
-            for sequence in self._scheduler.complete_chunks(chunks):
-                self._sinks[id(sequence)](PromptComputed())
+            self.num_steps += 1
+            self._complete(turn, sampled)
 
-    def _chunk(self, chunk: LocalChunk) -> PrefillChunk:
-        sequence = chunk.sequence
-        start = sequence.num_computed
-        tokens = sequence.request.prompt[start : start + chunk.num_tokens]
-        return PrefillChunk(tokens, start, self.pool.table(sequence.pages))
+    def _segment(self, part: Row | Chunk) -> Segment:
+        sequence, start = part.sequence, part.sequence.num_computed
+        tokens = sequence.tokens[start : start + part.num_tokens]
+        return Segment(tokens, start, part.level, self._table(sequence), part.num_scored)
+
+    def _table(self, sequence: Sequence) -> BlockTable:
+        """The sequence's block table, made again only when its pages have changed."""
+        table = self._tables.get(sequence)
+        if table is None or table.pages is not sequence.pages:
+            table = self._tables[sequence] = self.pool.table(sequence.pages)
+        return table
+
+    def _run(self, row: Row) -> Run:
+        sequence = row.sequence
+        processor = self._processors.get(sequence)
+        return Run(sequence.request.sampling, len(sequence.tokens), processor)
+
+    def _complete(self, turn: Turn, sampled: list[Sampled]) -> None:
+        """Tell the sinks what the pass made of each row and each prompt."""
+        of_rows = iter(sampled)
+        results = [next(of_rows) if isinstance(p, Row) else Sampled([]) for p in turn.slices]
+        outcomes = self._scheduler.complete_turn([result.tokens for result in results])
+        for part, result, outcome in zip(turn.slices, results, outcomes, strict=True):
+            if outcome is None:
+                continue
+            sink = self._sinks[part.sequence]
+            if isinstance(part, Chunk):
+                if part.sequence.stage is Stage.RUNNING:
+                    sink(PromptComplete())
+                continue
+            failure = _failure(self._processors.get(part.sequence)) if outcome.reason else None
+            if failure is not None:
+                sink(failure)
+                continue
+            for index, token in enumerate(outcome.tokens):
+                logprobs = result.logprobs[index] if result.logprobs else None
+                sink(DecodedToken(token, part.level, logprobs))
+            if outcome.reason is not None:
+                sink(outcome.reason)
 
     def _fail_all(self, error: Unavailable) -> None:
         for sink in self._sinks.values():

@@ -46,7 +46,9 @@ class Fleet:
 def fleet(folder: Path) -> Iterator[Fleet]:
     config = {"chunk_tokens": CHUNK_TOKENS}
     with ExitStack() as stack:
-        decode = stack.enter_context(starting("decode", folder, DECODE_DELAY_S, **config))
+        decode = stack.enter_context(
+            starting("decode", folder, DECODE_DELAY_S, max_batch_tokens=2 * CHUNK_TOKENS + 1)
+        )
         spare, *victims = [
             stack.enter_context(starting("prefill", folder, delay_s, **config))
             for delay_s in (SPARE_DELAY_S, VICTIM_DELAY_S, VICTIM_DELAY_S)

@@ -1,61 +1,30 @@
-"""The decode scheduler: admission, turns, sharing, and pages under any history."""
+"""The decode scheduler case by case: admission, turns, budgets, preemption, sharing."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as Seq
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
 
-from colm_serve.core import DecodeRequest, FinishReason, SamplingParams
-from colm_serve.decode_worker.scheduler import DecodeScheduler, LocalChunk, Sequence, Stage
+from colm_serve.core import FinishReason
+from colm_serve.decode_worker.sequence import Stage
+from colm_serve.decode_worker.turn import Outcome
 from colm_serve.errors import InvalidArgument, ResourceExhausted
-from colm_serve.kv.ledger import PageLedger
-
-PAGE_SIZE = 4
-EOS = 9
-
-
-def make_request(
-    prompt: Seq[int], max_tokens: int = 4, level: int = 1, *, ignore_eos: bool = False
-) -> DecodeRequest:
-    sampling = SamplingParams(max_tokens, temperature=0, ignore_eos=ignore_eos)
-    return DecodeRequest("r", tuple(prompt), level, sampling, (), "weights")
-
-
-def make_scheduler(
-    num_pages: int = 64, max_rows: int = 4, max_waiting: int = 8, root: bytes = b"weights"
-) -> DecodeScheduler:
-    return DecodeScheduler(
-        PageLedger(num_pages),
-        page_size=PAGE_SIZE,
-        max_rows=max_rows,
-        max_waiting=max_waiting,
-        chunk_tokens=10,
-        eos_token_ids=(EOS,),
-        cache_root=root,
-    )
-
-
-def ship_and_start(scheduler: DecodeScheduler, sequence: Sequence) -> Sequence:
-    sequence.num_computed = sequence.num_prefill
-    scheduler.start(sequence)
-    return sequence
-
-
-def run_to_end(scheduler: DecodeScheduler, sequence: Sequence, token: int = 1) -> None:
-    while sequence.stage is not Stage.FINISHED:
-        rows = scheduler.next_rows()
-        scheduler.complete_rows((token,) * len(rows))
+from tests.decode_worker.scheduling import (
+    EOS,
+    PAGE_SIZE,
+    admit_running,
+    chunks_of,
+    make_request,
+    make_scheduler,
+    rows_of,
+    run_to_end,
+    run_to_preemption,
+    ship_and_start,
+    take_turn,
+)
 
 
 def test_admission_reserves_prompt_and_output() -> None:
@@ -69,9 +38,21 @@ def test_admission_reserves_prompt_and_output() -> None:
     scheduler.admit(make_request([1], max_tokens=1))
 
 
+def test_admission_reserves_no_more_output_than_is_to_be_expected() -> None:
+    scheduler = make_scheduler(num_pages=8, expected_output_tokens=5)
+    first = scheduler.admit(make_request([1] * 7, max_tokens=20))
+    assert len(first.pages) == 3
+    assert len(scheduler.admit(make_request([1] * 7, max_tokens=2)).pages) == 3
+    # The first may need another page soon, so a third must leave one.
+    with pytest.raises(ResourceExhausted, match="2 KV pages wanted, 2 of 8 free, 1 of them for"):
+        scheduler.admit(make_request([1] * 6, max_tokens=2))
+    scheduler.admit(make_request([1] * 2, max_tokens=2))
+
+
 def test_what_fits_no_empty_pool_is_refused_for_good() -> None:
+    scheduler = make_scheduler(num_pages=3, expected_output_tokens=1)
     with pytest.raises(InvalidArgument, match="max_tokens"):
-        make_scheduler(num_pages=3).admit(make_request([1] * 8, max_tokens=5))
+        scheduler.admit(make_request([1] * 8, max_tokens=5))
 
 
 def test_too_many_waiting_are_refused() -> None:
@@ -85,7 +66,7 @@ def test_too_many_waiting_are_refused() -> None:
 
 def test_a_refused_admission_lets_go_of_the_prefix_it_found() -> None:
     scheduler = make_scheduler(num_pages=4)
-    run_to_end(scheduler, ship_and_start(scheduler, scheduler.admit(make_request([1] * 9, 1))))
+    run_to_end(scheduler, admit_running(scheduler, [1] * 9, 1))
     blocker = scheduler.admit(make_request([2] * 4, 2))
     with pytest.raises(ResourceExhausted):
         scheduler.admit(make_request([1] * 12, 4))
@@ -99,12 +80,21 @@ def test_a_refused_admission_lets_go_of_the_prefix_it_found() -> None:
 )
 def test_whole_blocks_before_the_last_token_are_shared(num_tokens: int, num_cached: int) -> None:
     scheduler = make_scheduler()
-    first = ship_and_start(scheduler, scheduler.admit(make_request(range(20, 29))))
+    first = admit_running(scheduler, range(20, 29))
     second = scheduler.admit(make_request(range(20, 20 + num_tokens)))
     assert second.num_cached == num_cached
     shared = num_cached // PAGE_SIZE
     assert second.pages[:shared] == first.pages[:shared]
     assert not set(second.pages[shared:]) & set(first.pages)
+
+
+def test_nothing_is_shared_between_cache_salts() -> None:
+    scheduler = make_scheduler()
+    found = [
+        ship_and_start(scheduler, scheduler.admit(make_request([5] * 9, cache_salt=salt)))
+        for salt in ("", "a", "b", "", "a", "b")
+    ]
+    assert [sequence.num_cached for sequence in found] == [0, 0, 0, 8, 8, 8]
 
 
 def test_kv_that_has_not_come_is_not_shared() -> None:
@@ -115,8 +105,7 @@ def test_kv_that_has_not_come_is_not_shared() -> None:
 
 def test_generated_tokens_are_found_by_the_next_turn() -> None:
     scheduler = make_scheduler()
-    first = ship_and_start(scheduler, scheduler.admit(make_request([5] * 6, max_tokens=6)))
-    run_to_end(scheduler, first, token=3)
+    run_to_end(scheduler, admit_running(scheduler, [5] * 6, max_tokens=6), token=3)
     # 12 tokens fill three blocks, but the last was never run: two have all of their KV.
     assert scheduler.admit(make_request([5] * 6 + [3] * 6 + [8])).num_cached == 8
 
@@ -135,224 +124,167 @@ def test_why_a_sequence_ends(token: int, ignore_eos: bool, reason: FinishReason)
     ship_and_start(scheduler, scheduler.admit(request))
     reasons = []
     while scheduler.has_work:
-        rows = scheduler.next_rows()
-        reasons += [why for _, why in scheduler.complete_rows((token,) * len(rows))]
+        _, (outcome,) = take_turn(scheduler, token)
+        assert outcome is not None
+        reasons.append(outcome.reason)
     assert reasons[-1] is reason
     assert reasons[:-1] == [None] * (0 if reason is FinishReason.STOP else 1)
 
 
-def test_rows_stand_highest_level_first() -> None:
+def test_rows_stand_highest_level_first_and_prompts_last() -> None:
     scheduler = make_scheduler()
     for level in (1, 3, 2, 3):
-        ship_and_start(scheduler, scheduler.admit(make_request([1], level=level)))
-    assert [row.level for row in scheduler.next_rows()] == [3, 3, 2, 1]
+        admit_running(scheduler, [1], level=level)
+    scheduler.start(scheduler.admit(make_request([1] * 9, level=3)))
+    turn = scheduler.next_turn()
+    assert [(part.level, part.num_scored) for part in turn.slices] == [
+        (3, 1), (3, 1), (2, 1), (1, 1), (1, 0),
+    ]  # fmt: skip
     assert scheduler.num_running(3) == (1, 1, 2)
 
 
 @given(st.integers(1, 5), st.integers(1, 14), st.data())
 def test_all_sequences_take_turns(max_rows: int, num_sequences: int, data: st.DataObject) -> None:
     scheduler = make_scheduler(max_rows=max_rows, max_waiting=20)
-    sequences = []
-    for _ in range(num_sequences):
-        level = data.draw(st.integers(1, 3))
-        sequence = scheduler.admit(make_request([1], max_tokens=15, level=level))
-        sequences.append(ship_and_start(scheduler, sequence))
+    sequences = [
+        admit_running(scheduler, [1], max_tokens=15, level=data.draw(st.integers(1, 3)))
+        for _ in range(num_sequences)
+    ]
     for _ in range(10):
-        rows = scheduler.next_rows()
-        assert len(rows) == min(max_rows, num_sequences)
-        scheduler.complete_rows((1,) * len(rows))
+        turn, _ = take_turn(scheduler)
+        assert len(turn.slices) == min(max_rows, num_sequences)
         lengths = Counter(len(sequence.tokens) for sequence in sequences)
         assert max(lengths) - min(lengths) <= 1, "one is starved"
 
 
-def test_local_chunks_are_computed_in_order_within_the_budget() -> None:
+def test_prompts_computed_here_share_the_budget() -> None:
     scheduler = make_scheduler()
-    first, second = scheduler.admit(make_request([1] * 8)), scheduler.admit(make_request([2] * 14))
-    for sequence in (first, second):
-        scheduler.compute_here(sequence)
-    chunks = scheduler.next_chunks()
-    assert chunks == (LocalChunk(first, 7), LocalChunk(second, 3))
-    assert scheduler.complete_chunks(chunks) == [first]
-    chunks = scheduler.next_chunks()
-    assert chunks == (LocalChunk(second, 10),)
-    assert scheduler.complete_chunks(chunks) == [second]
-    assert not scheduler.has_work
+    long, short = scheduler.admit(make_request([1] * 60)), scheduler.admit(make_request([2] * 8))
+    for sequence in (long, short):
+        scheduler.start(sequence)
+    assert chunks_of(take_turn(scheduler)[0]) == [(short, 5), (long, 5)]
+    assert chunks_of(take_turn(scheduler)[0]) == [(short, 2), (long, 8)]
+    turn, _ = take_turn(scheduler)
+    assert (rows_of(turn), chunks_of(turn)) == ([short], [(long, 9)])
+
+
+def test_a_full_batch_does_not_stop_a_prompt_nor_many_prompts_one() -> None:
+    scheduler = make_scheduler(num_pages=90, max_rows=4, max_batch_tokens=5)
+    for _ in range(6):
+        admit_running(scheduler, [1], max_tokens=50)
+    prompts = [scheduler.admit(make_request([2] * 4)), scheduler.admit(make_request([3] * 6))]
+    for sequence in prompts:
+        scheduler.start(sequence)
+    for _ in range(8):
+        turn, _ = take_turn(scheduler)
+        assert len(rows_of(turn)) == 4
+        assert sum(part.num_tokens for part in turn.slices) == 5
+    assert prompts[0].stage is prompts[1].stage is Stage.RUNNING
+
+
+def test_drafts_are_verified_within_budget_and_length() -> None:
+    scheduler = make_scheduler(max_batch_tokens=7)
+    first, second = admit_running(scheduler, [1], 9), admit_running(scheduler, [2], 3)
+    first.num_drafts = second.num_drafts = 4
+    turn = scheduler.next_turn()
+    assert [part.num_tokens for part in turn.slices] == [5, 2], "5 tokens beside the two rows"
+    assert scheduler.complete_turn([(7,), (7, 8)]) == [Outcome((7,), None), Outcome((7, 8), None)]
+    turn = scheduler.next_turn()
+    assert [part.num_tokens for part in turn.slices] == [5, 1], "one is left to make"
+    scheduler.complete_turn([(7, 7, 7, EOS, 7), (8,)])
+    assert first.tokens == [1, 7, 7, 7, 7, EOS], "what comes after the end is dropped"
+    assert first.stage is second.stage is Stage.FINISHED
+    assert second.tokens == [2, 7, 8, 8]
+
+
+def test_output_beyond_the_expected_takes_page_by_page() -> None:
+    scheduler = make_scheduler(num_pages=8, expected_output_tokens=2)
+    sequence = admit_running(scheduler, [1] * 3, max_tokens=20)
+    sizes = []
+    while sequence.stage is not Stage.FINISHED:
+        sizes.append(len(sequence.pages))
+        take_turn(scheduler)
+    assert sizes == [2] * 7 + [3] * 4 + [4] * 4 + [5] * 4 + [6]
+    assert scheduler.num_preemptions == 0
+
+
+def test_the_youngest_is_preempted_and_loses_nothing_but_time() -> None:
+    scheduler = make_scheduler(num_pages=4, expected_output_tokens=1)
+    old, young = admit_running(scheduler, [1] * 3, 12), admit_running(scheduler, [2] * 3, 9)
+    for token in (5, 6):
+        take_turn(scheduler, token)
+    turn = run_to_preemption(scheduler)
+    assert turn.preempted == (young,)
+    assert rows_of(turn) == [old]
+    assert (young.stage, young.pages, young.num_computed) == (Stage.WAITING, (), 0)
+    assert young.tokens == [2, 2, 2, 5, 6, 1, 1, 1, 1]
+    with pytest.raises(ResourceExhausted, match="1 preempted requests wait for KV pages"):
+        scheduler.admit(make_request([1], 1))
+    run_to_end(scheduler, young)
+    assert old.stage is Stage.FINISHED
+    assert (len(old.tokens), len(young.tokens)) == (15, 12)
+    assert (young.num_preemptions, old.num_preemptions, scheduler.num_preemptions) == (1, 0, 1)
+    scheduler.check_integrity()
+
+
+def test_what_was_computed_is_found_again_after_a_preemption() -> None:
+    scheduler = make_scheduler(num_pages=9, expected_output_tokens=1)
+    old, young = admit_running(scheduler, [1] * 15, 17), admit_running(scheduler, [2] * 12, 8)
+    assert run_to_preemption(scheduler).preempted == (young,)
+    assert len(young.tokens) == 17
+    take_turn(scheduler)
+    scheduler.cancel(old)
+    assert take_turn(scheduler)[0].readmitted == (young,)
+    assert young.num_computed == 12, "the block whose page was taken is lost, three are not"
+
+
+def test_nobodys_pages_are_taken_while_others_may_write_into_them() -> None:
+    scheduler = make_scheduler(num_pages=4, expected_output_tokens=1)
+    old = admit_running(scheduler, [1] * 7, 8)
+    young = scheduler.admit(make_request([2] * 3, 1))
+    while len(old.tokens) < 13:
+        take_turn(scheduler)
+    turn, _ = take_turn(scheduler)
+    assert not turn.slices
+    assert not turn.preempted
+    assert not scheduler.has_work, "it would turn in circles"
+    ship_and_start(scheduler, young)
+    assert scheduler.has_work
+    assert take_turn(scheduler)[0].preempted == (young,)
+    run_to_end(scheduler, young)
+    assert len(old.tokens) == 15
+
+
+def test_a_row_that_sits_out_does_not_hold_up_those_that_lack_nothing() -> None:
+    scheduler = make_scheduler(num_pages=5, max_rows=1, expected_output_tokens=4)
+    older = scheduler.admit(make_request([3], 3))
+    stuck = admit_running(scheduler, [1] * 4, 16)
+    scheduler.admit(make_request([2] * 3, 1))
+    while scheduler.has_work:
+        take_turn(scheduler)
+    assert len(stuck.tokens) == 13
+    ship_and_start(scheduler, older)
+    run_to_end(scheduler, older)
+    assert len(stuck.tokens) == 13
+
+
+def test_drafts_are_cut_before_anyone_is_preempted_for_them() -> None:
+    scheduler = make_scheduler(num_pages=5, expected_output_tokens=1)
+    old, young = admit_running(scheduler, [1] * 6, 10), admit_running(scheduler, [2] * 3, 9)
+    while len(old.tokens) < 10:
+        take_turn(scheduler)
+    old.num_drafts = young.num_drafts = 4
+    turn = scheduler.next_turn()
+    assert turn.preempted == ()
+    assert [part.num_tokens for part in turn.slices] == [3, 2], "the slots that their pages have"
 
 
 def test_a_sequence_in_a_pass_keeps_its_pages_until_the_pass_ends() -> None:
     scheduler = make_scheduler(num_pages=2)
-    sequence = ship_and_start(scheduler, scheduler.admit(make_request([1], max_tokens=7)))
-    scheduler.next_rows()
+    sequence = admit_running(scheduler, [1], max_tokens=7)
+    scheduler.next_turn()
     scheduler.cancel(sequence)
     with pytest.raises(ResourceExhausted):
         scheduler.admit(make_request([1], max_tokens=1))
-    assert scheduler.complete_rows((1,)) == []
+    assert scheduler.complete_turn([(1,)]) == [None]
     scheduler.admit(make_request([1], max_tokens=7))
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Sequences come with few distinct prompts, so prefixes are shared, and leave at any time."""
-
-    @initialize(num_pages=st.integers(2, 14), max_rows=st.integers(1, 4))
-    def begin(self, num_pages: int, max_rows: int) -> None:
-        self.max_rows = max_rows
-        self.ledger = PageLedger(num_pages)
-        self.scheduler = DecodeScheduler(
-            self.ledger, page_size=PAGE_SIZE, max_rows=max_rows, max_waiting=5, chunk_tokens=10,
-            eos_token_ids=(EOS,), cache_root=b"weights",
-        )  # fmt: skip
-        self.live: list[Sequence] = []
-        self.rows: tuple[Sequence, ...] | None = None
-        self.chunks: tuple[LocalChunk, ...] | None = None
-        # The truth about the memory: which prefix the KV in (page, slot) was computed from.
-        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.writing: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.writers: dict[int, list[Sequence]] = {}
-
-    @property
-    def is_in_pass(self) -> bool:
-        return self.rows is not None or self.chunks is not None
-
-    @rule(
-        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
-        max_tokens=st.integers(1, 12),
-        level=st.integers(1, 3),
-    )
-    def admit(self, prompt: list[int], max_tokens: int, level: int) -> None:
-        num_free = self.ledger.num_free
-        try:
-            sequence = self.scheduler.admit(make_request(prompt, max_tokens, level))
-        except (ResourceExhausted, InvalidArgument):
-            assert self.ledger.num_free == num_free
-            return
-        self.live.append(sequence)
-        cached = self.places(sequence, 0, sequence.num_cached)
-        assert all(self.memory.get(place) == prefix for place, prefix in cached.items())
-
-    def places(
-        self, sequence: Sequence, start: int, stop: int
-    ) -> dict[tuple[int, int], tuple[int, ...]]:
-        """Where tokens [start, stop) have their KV, and the prefix that each is computed from."""
-        return {
-            (sequence.pages[t // PAGE_SIZE], t % PAGE_SIZE): tuple(sequence.tokens[: t + 1])
-            for t in range(start, stop)
-        }
-
-    def begin_writing(self, sequence: Sequence, num_tokens: int) -> None:
-        start = sequence.num_computed
-        for place, prefix in self.places(sequence, start, start + num_tokens).items():
-            self.writing[place] = prefix
-            self.writers.setdefault(place[0], []).append(sequence)
-
-    def end_writing(self) -> None:
-        """What a pass writes is written, cancelled or not."""
-        self.memory.update(self.writing)
-        self.writing, self.writers = {}, {}
-
-    def awaiting(self) -> list[Sequence]:
-        local = {id(s) for s in self.scheduler._local.values()}
-        return [s for s in self.live if s.stage is Stage.AWAITING_KV and id(s) not in local]
-
-    @precondition(lambda self: self.awaiting())
-    @rule(data=st.data(), num_tokens=st.integers(1, 14))
-    def ship(self, data: st.DataObject, num_tokens: int) -> None:
-        sequence = data.draw(st.sampled_from(self.awaiting()))
-        stop = min(sequence.num_prefill, sequence.num_computed + num_tokens)
-        self.memory.update(self.places(sequence, sequence.num_computed, stop))
-        sequence.num_computed = stop
-        if sequence.num_missing == 0:
-            self.scheduler.start(sequence)
-
-    @precondition(lambda self: any(s.num_missing for s in self.awaiting()))
-    @rule(data=st.data())
-    def compute_here(self, data: st.DataObject) -> None:
-        missing = [s for s in self.awaiting() if s.num_missing]
-        self.scheduler.compute_here(data.draw(st.sampled_from(missing)))
-
-    @precondition(lambda self: not self.is_in_pass)
-    @rule()
-    def begin_rows(self) -> None:
-        self.rows = self.scheduler.next_rows()
-        assert len(self.rows) <= self.max_rows
-        assert [s.level for s in self.rows] == sorted((s.level for s in self.rows), reverse=True)
-        for sequence in self.rows:
-            self.begin_writing(sequence, 1)
-
-    @precondition(lambda self: self.rows is not None)
-    @rule(token=st.sampled_from([1, 2, EOS]))
-    def end_rows(self, token: int) -> None:
-        assert self.rows is not None
-        self.end_writing()
-        outcome = self.scheduler.complete_rows((token,) * len(self.rows))
-        self.rows = None
-        ended = [id(s) for s, reason in outcome if reason is not None]
-        self.live = [s for s in self.live if id(s) not in ended]
-
-    @precondition(lambda self: not self.is_in_pass)
-    @rule()
-    def begin_chunks(self) -> None:
-        self.chunks = self.scheduler.next_chunks()
-        assert sum(chunk.num_tokens for chunk in self.chunks) <= 10
-        for chunk in self.chunks:
-            self.begin_writing(chunk.sequence, chunk.num_tokens)
-
-    @precondition(lambda self: self.chunks is not None)
-    @rule()
-    def end_chunks(self) -> None:
-        assert self.chunks is not None
-        self.end_writing()
-        complete = self.scheduler.complete_chunks(self.chunks)
-        self.chunks = None
-        for sequence in complete:
-            self.scheduler.start(sequence)
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        self.scheduler.cancel(self.live.pop(data.draw(st.integers(0, len(self.live) - 1))))
-
-    @invariant()
-    def is_sound(self) -> None:
-        self.scheduler.check_integrity()
-        owners: dict[int, list[Sequence]] = {}
-        for sequence in self.live:
-            assert len(sequence.pages) == len(set(sequence.pages))
-            for page in sequence.pages:
-                owners.setdefault(page, []).append(sequence)
-        for page, sharing in owners.items():
-            if len(sharing) > 1:
-                self.check_shared(page, sharing)
-
-    def check_shared(self, page: int, sharing: list[Sequence]) -> None:
-        """A page has two owners only as the same block of the same prefix."""
-        blocks = {sequence.pages.index(page) for sequence in sharing}
-        assert len(blocks) == 1, "a page stands at two places"
-        stop = (blocks.pop() + 1) * PAGE_SIZE
-        assert len({tuple(sequence.tokens[:stop]) for sequence in sharing}) == 1
-        assert all(sequence.num_computed >= stop for sequence in sharing), "it is written still"
-
-    @invariant()
-    def nothing_being_written_is_anothers(self) -> None:
-        for page, writers in self.writers.items():
-            owners = [s for s in self.live if page in s.pages]
-            assert all(owner is writers[0] for owner in (*owners, *writers))
-
-    def teardown(self) -> None:
-        if not hasattr(self, "live"):
-            return
-        for sequence in self.live:
-            self.scheduler.cancel(sequence)
-        if self.rows is not None:
-            self.scheduler.complete_rows((1,) * len(self.rows))
-        if self.chunks is not None:
-            self.scheduler.complete_chunks(self.chunks)
-        self.scheduler.check_integrity()
-        assert self.ledger.num_free == self.ledger.num_pages
-        assert not self.scheduler.has_work
-        assert self.scheduler.num_waiting == 0
-
-
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
-)
-TestSchedulerMachine = SchedulerMachine.TestCase

@@ -165,7 +165,7 @@ async def test_moving_the_level_mid_text_equals_a_reference_that_switches_there(
     async with cluster(folder, before_block=lambda: step.acquire(timeout=60)) as c:
         stream = await c.decode.open(c.decode.request(prompt, 3, sampling, c.prefill))
         for count, level in enumerate(moves, start=1):
-            step.release(TINY.num_layers * 5)
+            step.release(5)  # a step asks once
             await stream.tokens(5 * count)
             await stream.move_level(level)
             await eventually(partial(_runs_at, c.decode, level), "the move")
@@ -301,7 +301,7 @@ async def test_without_a_prefill_worker_the_prompt_is_computed_here(
     folder: Path, addresses: tuple[str, ...]
 ) -> None:
     prompts = [make_prompt(n, seed=n) for n in (300, 40)]
-    async with cluster(folder, chunk_tokens=64) as c:
+    async with cluster(folder, max_batch_tokens=64) as c:
         got = await asyncio.gather(
             *(c.decode.generate(prompt, 2, GREEDY, addresses) for prompt in prompts)
         )

@@ -226,6 +226,8 @@ def decode_status(**changes: Any) -> DecodeStatus:
         page_size=16,
         step_cost=StepCost((0.010, 0.010, 0.010), (0.001, 0.001, 0.001)),
         prefill_tokens_per_s=1000.0,
+        expected_output_tokens=256,
+        num_preemptions=0,
     )
     return replace(idle, **changes)
 

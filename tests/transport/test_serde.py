@@ -60,7 +60,7 @@ layouts = st.builds(KvLayout, uint32, uint32, uint32, st.text())
 timings = st.builds(StageTimings, seconds, seconds, seconds, seconds)
 decode_requests = st.builds(
     DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(st.text()).map(tuple), st.text(),
-    uint32,
+    uint32, st.text(),
 )  # fmt: skip
 prefill_requests = st.builds(PrefillRequest, st.text(), tokens, uint32, st.text(), layouts)
 events: st.SearchStrategy[DecodeEvent] = st.one_of(
@@ -75,7 +75,7 @@ decode_statuses = st.builds(
     DecodeStatus, worker_id=st.text(), epoch=uint64, kv_identity=st.text(), num_levels=uint32,
     max_rows=uint32, num_waiting=uint32, num_running=st.lists(uint32, max_size=4).map(tuple),
     num_free_pages=uint32, num_pages=uint32, page_size=uint32, step_cost=step_costs,
-    prefill_tokens_per_s=seconds,
+    prefill_tokens_per_s=seconds, expected_output_tokens=uint32, num_preemptions=uint64,
 )  # fmt: skip
 prefill_statuses = st.builds(
     PrefillStatus, worker_id=st.text(), epoch=uint64, kv_identity=st.text(), num_running=uint32,

@@ -35,6 +35,7 @@ def decode_start_to_proto(request: DecodeRequest) -> decode_pb2.DecodeControl:
         prefill_addresses=request.prefill_addresses,
         kv_identity=request.kv_identity,
         num_resumed_tokens=request.num_resumed_tokens,
+        cache_salt=request.cache_salt,
     )
     return decode_pb2.DecodeControl(start=start)
 
@@ -59,6 +60,7 @@ def decode_start_from_proto(message: decode_pb2.DecodeControl) -> DecodeRequest:
         prefill_addresses=tuple(start.prefill_addresses),
         kv_identity=start.kv_identity,
         num_resumed_tokens=start.num_resumed_tokens,
+        cache_salt=start.cache_salt,
     )
 
 
@@ -130,6 +132,8 @@ def decode_status_to_proto(status: DecodeStatus) -> decode_pb2.DecodeStatus:
         chain_s=status.step_cost.chain_s,
         row_s=status.step_cost.row_s,
         prefill_tokens_per_s=status.prefill_tokens_per_s,
+        expected_output_tokens=status.expected_output_tokens,
+        num_preemptions=status.num_preemptions,
     )
 
 
@@ -147,4 +151,6 @@ def decode_status_from_proto(message: decode_pb2.DecodeStatus) -> DecodeStatus:
         page_size=message.page_size,
         step_cost=StepCost(tuple(message.chain_s), tuple(message.row_s)),
         prefill_tokens_per_s=message.prefill_tokens_per_s,
+        expected_output_tokens=message.expected_output_tokens,
+        num_preemptions=message.num_preemptions,
     )

@@ -15,7 +15,7 @@ class DecodeControl(_message.Message):
     def __init__(self, start: _Optional[_Union[DecodeStart, _Mapping]] = ..., move_level: _Optional[_Union[MoveLevel, _Mapping]] = ...) -> None: ...
 
 class DecodeStart(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_addresses", "kv_identity", "num_resumed_tokens")
+    __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_addresses", "kv_identity", "num_resumed_tokens", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class DecodeStart(_message.Message):
     PREFILL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     KV_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     level: int
@@ -30,7 +31,8 @@ class DecodeStart(_message.Message):
     prefill_addresses: _containers.RepeatedScalarFieldContainer[str]
     kv_identity: str
     num_resumed_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., level: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefill_addresses: _Optional[_Iterable[str]] = ..., kv_identity: _Optional[str] = ..., num_resumed_tokens: _Optional[int] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., level: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefill_addresses: _Optional[_Iterable[str]] = ..., kv_identity: _Optional[str] = ..., num_resumed_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class MoveLevel(_message.Message):
     __slots__ = ("level",)
@@ -81,7 +83,7 @@ class DecodeStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DecodeStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "kv_identity", "num_levels", "max_rows", "num_waiting", "num_running", "num_free_pages", "num_pages", "page_size", "chain_s", "row_s", "prefill_tokens_per_s")
+    __slots__ = ("worker_id", "epoch", "kv_identity", "num_levels", "max_rows", "num_waiting", "num_running", "num_free_pages", "num_pages", "page_size", "chain_s", "row_s", "prefill_tokens_per_s", "expected_output_tokens", "num_preemptions")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KV_IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +97,8 @@ class DecodeStatus(_message.Message):
     CHAIN_S_FIELD_NUMBER: _ClassVar[int]
     ROW_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     kv_identity: str
@@ -108,4 +112,6 @@ class DecodeStatus(_message.Message):
     chain_s: _containers.RepeatedScalarFieldContainer[float]
     row_s: _containers.RepeatedScalarFieldContainer[float]
     prefill_tokens_per_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_identity: _Optional[str] = ..., num_levels: _Optional[int] = ..., max_rows: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[_Iterable[int]] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., chain_s: _Optional[_Iterable[float]] = ..., row_s: _Optional[_Iterable[float]] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
+    expected_output_tokens: int
+    num_preemptions: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_identity: _Optional[str] = ..., num_levels: _Optional[int] = ..., max_rows: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[_Iterable[int]] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., chain_s: _Optional[_Iterable[float]] = ..., row_s: _Optional[_Iterable[float]] = ..., prefill_tokens_per_s: _Optional[float] = ..., expected_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
