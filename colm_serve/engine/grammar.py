@@ -51,7 +51,7 @@ class GrammarState:
         num_drafts = 0
         try:
             for draft in drafts:
-                if not self._accept(draft):
+                if self._matcher.is_terminated() or not self._accept(draft):
                     break
                 num_drafts += 1
             if self._matcher.is_terminated():

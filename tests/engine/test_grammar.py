@@ -20,6 +20,7 @@ from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.engine.grammar import GrammarState
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.logits_processor import LogitsProcessor
+from colm_serve.engine.sampler import Run, sample
 from colm_serve.errors import InvalidArgument
 from colm_serve.grammar import Grammar, GrammarKind
 from colm_serve.model.vocabulary import load_tokenizer, text_vocabulary
@@ -329,6 +330,40 @@ def test_the_end_is_the_grammars(
     assert (scores[ids("a")[0]] > -torch.inf) == (len(text) < 2)
     assert int((scores > -torch.inf).sum()) == end + (len(text) < 2)
     assert not logits.any()
+
+
+def scores(position: int) -> torch.Tensor:
+    """A model's scores that depend on nothing but the position."""
+    generator = torch.Generator().manual_seed(position)
+    return torch.randn(MODEL.vocab_size, generator=generator) * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("num_right", [0, 2, 5])
+def test_drafts_do_not_change_the_text(
+    compile_: Compile, temperature: float, num_right: int
+) -> None:
+    """Drafts run past what is right, past what the grammar allows, and past its end."""
+    compiled = compile_("json_schema", '{"type": "string", "minLength": 9, "maxLength": 20}')
+    asked: dict[str, Any] = {"temperature": temperature, "presence_penalty": 1.0, "min_tokens": 3}
+    sampling = SamplingParams(99, grammar=compiled.grammar, **asked)
+
+    def text(drafts_after: Callable[[int], tuple[int, ...]]) -> list[int]:
+        tokens = [PROMPT]
+        rules = processor(compiled, tokens, **asked)
+        while tokens[-1] != END_OF_TEXT:
+            drafts = drafts_after(len(tokens))
+            rows = [scores(len(tokens) + i) for i in range(1 + len(drafts))]
+            [got] = sample(torch.stack(rows), [Run(sampling, len(tokens), rules, drafts)])
+            has_end = END_OF_TEXT in got.tokens
+            tokens += got.tokens[: got.tokens.index(END_OF_TEXT) + 1] if has_end else got.tokens
+        assert rules.failure() is None
+        return tokens
+
+    plain = text(lambda _: ())
+    wrong = (SYSTEM, *ids("}"), END_OF_TEXT)
+    assert text(lambda start: (*plain[start : start + num_right], *wrong)) == plain
+    assert len(plain) > 5
 
 
 def test_stop_tokens_are_text_as_far_as_they_have_some(compile_: Compile) -> None:

@@ -78,6 +78,13 @@ BAD: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
     (sampled(min_tokens=9, max_tokens=8), grpc.StatusCode.INVALID_ARGUMENT, "min_tokens"),
     (sampled(logprobs=-1), grpc.StatusCode.INVALID_ARGUMENT, "logprobs"),
     (sampled(logprobs=21), grpc.StatusCode.INVALID_ARGUMENT, "logprobs"),
+    (sampled(grammar={}), grpc.StatusCode.INVALID_ARGUMENT, "grammar"),
+    (sampled(grammar={"regex": ""}), grpc.StatusCode.INVALID_ARGUMENT, "grammar.regex"),
+    (
+        sampled(grammar={"json_schema": "{", "field": "mine"}),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "mine",
+    ),
 ]
 
 
