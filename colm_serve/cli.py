@@ -97,7 +97,15 @@ def status(address: Address = "127.0.0.1:50051") -> None:
     with Client(address) as client:
         state = client.status()
     table = Table(title=f"{state.model}: {state.num_levels} levels")
-    for column in ("worker", "address", "reachable", "running", "waiting", "free pages"):
+    for column in (
+        "worker",
+        "address",
+        "reachable",
+        "running",
+        "waiting",
+        "preempted",
+        "free pages",
+    ):
         table.add_column(column)
     for worker in state.workers:
         table.add_row(
@@ -106,6 +114,7 @@ def status(address: Address = "127.0.0.1:50051") -> None:
             "yes" if worker.is_reachable else "[red]no[/red]",
             str(worker.num_running),
             str(worker.num_waiting),
+            str(worker.num_preemptions),
             f"{worker.num_free_pages} of {worker.num_pages}",
         )
     console.print(table)

@@ -47,8 +47,7 @@ class Turn:
     preempted: tuple[Sequence, ...] = ()
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The tokens that a row's sequence has now more, and why it ended, if it did."""
 
     tokens: tuple[int, ...]

@@ -22,6 +22,7 @@ class WorkerState:
     num_waiting: int
     num_free_pages: int
     num_pages: int
+    num_preemptions: int
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def cluster_status(model: ModelFacts, view: ClusterView) -> ClusterStatus:
 def _worker_state(record: WorkerRecord) -> WorkerState:
     member, status = record.member, record.status
     if isinstance(status, DecodeStatus):
-        num_running = sum(status.num_running)
+        num_running, num_preemptions = sum(status.num_running), status.num_preemptions
     else:
+        num_preemptions = 0
         num_running = 0 if status is None else status.num_running
     return WorkerState(
         kind=member.kind.value,
@@ -57,4 +59,5 @@ def _worker_state(record: WorkerRecord) -> WorkerState:
         num_waiting=0 if status is None else status.num_waiting,
         num_free_pages=0 if status is None else status.num_free_pages,
         num_pages=0 if status is None else status.num_pages,
+        num_preemptions=num_preemptions,
     )

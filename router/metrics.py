@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from colm_serve.core import DecodeStatus
 from colm_serve.errors import ColmError
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.lifecycle import Lifecycle, Stage
@@ -48,6 +49,7 @@ class Metrics:
         self._reachable = gauge("worker_reachable", "1 if it answered its last call.", *worker)
         self._usage = gauge("kv_cache_usage_perc", "Pages in use, 1 is all.", *worker)
         self._waiting = gauge("num_requests_waiting", "Requests that wait at a worker.", *worker)
+        self._preemptions = gauge("num_preemptions", "Since the worker started.", *worker)
 
     def event(self, event: GenerationEvent, lifecycle: Lifecycle) -> None:
         """Count an event on its way to the client."""
@@ -80,7 +82,7 @@ class Metrics:
     def render(self, view: ClusterView, num_running: int) -> bytes:
         """Prometheus' text format, with the workers as the router knows them now."""
         self._running.set(num_running)
-        for gauge in (self._reachable, self._usage, self._waiting):
+        for gauge in (self._reachable, self._usage, self._waiting, self._preemptions):
             gauge.clear()
         for record in view.records:
             labels = (record.member.kind.value, record.member.worker_id)
@@ -90,4 +92,6 @@ class Metrics:
                 used = status.num_pages - status.num_free_pages
                 self._usage.labels(*labels).set(used / max(1, status.num_pages))
                 self._waiting.labels(*labels).set(status.num_waiting)
+            if isinstance(status, DecodeStatus):
+                self._preemptions.labels(*labels).set(status.num_preemptions)
         return generate_latest(self._registry)

@@ -36,6 +36,10 @@ class RequestFacts:
     def num_tokens(self) -> int:
         return len(self.prompt) + self.max_tokens
 
+    def num_reserved_tokens(self, state: DecodeState) -> int:
+        """What the decode worker reserves pages for at once."""
+        return len(self.prompt) + min(self.max_tokens, state.status.expected_output_tokens)
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -121,7 +125,7 @@ def with_room(request: RequestFacts, cluster: ClusterSnapshot) -> list[DecodeSta
         state
         for state in cluster.decode
         if state.member not in request.refused_by
-        and num_pages(request.num_tokens, state) <= num_free_pages(state)
+        and num_pages(request.num_reserved_tokens(state), state) <= num_free_pages(state)
     ]
     if not roomy:
         raise ResourceExhausted(
@@ -138,7 +142,8 @@ def num_pages(num_tokens: int, state: DecodeState) -> int:
 
 def num_free_pages(state: DecodeState) -> int:
     """Free pages once the work on its way has its own."""
-    taken = sum(num_pages(work.num_tokens, state) for work in state.outstanding)
+    expected = state.status.expected_output_tokens
+    taken = sum(num_pages(w.num_reserved_tokens(expected), state) for w in state.outstanding)
     return max(0, state.status.num_free_pages - taken)
 
 

@@ -193,6 +193,7 @@ def cluster_status_to_proto(status: ClusterStatus) -> generation_pb2.ClusterStat
                 num_waiting=worker.num_waiting,
                 num_free_pages=worker.num_free_pages,
                 num_pages=worker.num_pages,
+                num_preemptions=worker.num_preemptions,
             )
             for worker in status.workers
         ],
@@ -215,6 +216,7 @@ def cluster_status_from_proto(message: generation_pb2.ClusterStatus) -> ClusterS
                 num_waiting=worker.num_waiting,
                 num_free_pages=worker.num_free_pages,
                 num_pages=worker.num_pages,
+                num_preemptions=worker.num_preemptions,
             )
             for worker in message.workers
         ),

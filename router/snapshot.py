@@ -16,9 +16,9 @@ class Work:
     max_tokens: int
     tpot_s: float | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prompt_tokens + self.max_tokens
+    def num_reserved_tokens(self, expected_output_tokens: int) -> int:
+        """What a worker that expects so much output reserves pages for."""
+        return self.num_prompt_tokens + min(self.max_tokens, expected_output_tokens)
 
 
 @dataclass(frozen=True)

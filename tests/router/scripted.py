@@ -227,7 +227,7 @@ def decode_status(**changes: Any) -> DecodeStatus:
         step_cost=StepCost((0.010, 0.010, 0.010), (0.001, 0.001, 0.001)),
         prefill_tokens_per_s=1000.0,
         expected_output_tokens=256,
-        num_preemptions=0,
+        num_preemptions=3,
     )
     return replace(idle, **changes)
 

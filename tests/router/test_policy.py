@@ -105,6 +105,15 @@ def test_without_room_here_the_request_goes_there() -> None:
     assert place(facts(), cluster(promised, decode("d1"))).decode.worker_id == "d1"
 
 
+def test_room_is_needed_for_the_output_that_the_worker_expects() -> None:
+    state = decode(num_free_pages=8, expected_output_tokens=28)
+    assert place(facts(max_tokens=900), cluster(state)).decode.worker_id == "d0"
+    promised = replace(state, outstanding=(Work(1, 4, 900),))
+    assert num_free_pages(promised) == 6
+    with pytest.raises(ResourceExhausted):
+        place(facts(max_tokens=900), cluster(promised))
+
+
 def test_without_room_anywhere_it_is_refused() -> None:
     with pytest.raises(ResourceExhausted, match="no room for 128 tokens") as error:
         place(facts(), cluster(decode("d0", num_free_pages=7), decode("d1", num_free_pages=0)))

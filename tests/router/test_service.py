@@ -156,6 +156,7 @@ async def test_cluster_status(tmp_path: Path) -> None:
         reachable = {w.worker_id: w.is_reachable for w in status.workers}
         assert reachable == {"d0": True, "d1": False}
         assert status.workers[0].num_free_pages == 64
+        assert status.workers[0].num_preemptions == 3
         assert status.workers[0].address == cluster.worker.member.address
 
 
