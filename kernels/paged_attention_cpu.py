@@ -67,8 +67,14 @@ def _rotate_share(
             _rotate(qkv_TMH[row, head], cos, sin)
         for head in range(num_kv_heads):
             _rotate(qkv_TMH[row, first_key + head], cos, sin)
-            k_CNH[slots_T[row], head] = qkv_TMH[row, first_key + head]
-            v_CNH[slots_T[row], head] = qkv_TMH[row, first_key + num_kv_heads + head]
+            _copy(qkv_TMH[row, first_key + head], k_CNH[slots_T[row], head])
+            _copy(qkv_TMH[row, first_key + num_kv_heads + head], v_CNH[slots_T[row], head])
+
+
+@kernel()
+def _copy(source, target):
+    for i in range(len(target)):
+        target[i] = source[i]
 
 
 @kernel(fastmath=True)
