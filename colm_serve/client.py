@@ -78,6 +78,7 @@ class Options(TypedDict, total=False):
     level: int | None
     min_level: int | None
     max_level: int | None
+    cache_salt: str
     sla_class: str
     timeout_s: float
 

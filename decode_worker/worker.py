@@ -226,7 +226,7 @@ class DecodeWorker:
         if num_prompt_tokens:
             self._prefill_tokens_per_s = num_prompt_tokens / pass_s
         with self._compute.lock:
-            self.num_steps += 1
+            self.num_steps += bool(runs)
             self._complete(turn, sampled)
 
     def _segment(self, part: Row | Chunk) -> Segment:

@@ -60,7 +60,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _SAME_NAME = (
     "model", "temperature", "top_p", "top_k", "seed", "ignore_eos", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "min_tokens", "sla_class", "level", "min_level",
-    "max_level",
+    "max_level", "cache_salt",
 )  # fmt: skip
 
 MAX_CHOICES = 16
@@ -110,6 +110,7 @@ class _GenerationBody(_Body):
     level: int | None = None
     min_level: int | None = None
     max_level: int | None = None
+    cache_salt: str | None = None
 
     @property
     def includes_usage(self) -> bool:

@@ -61,6 +61,7 @@ class GenerationRequest:
     level: int | None = None
     min_level: int | None = None
     max_level: int | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ class RunningRequest:
             prefill_addresses=tuple(member.address for member in placement.prefill),
             kv_identity=self._model.kv_identity,
             num_resumed_tokens=len(self._output),
+            cache_salt=self.checked.cache_salt,
         )
         return request, Work(placement.level, len(prompt), max_tokens, self.checked.tpot_s)
 

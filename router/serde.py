@@ -57,6 +57,7 @@ def request_to_proto(request: GenerationRequest) -> generation_pb2.GenerateReque
             level=request.level,
             min_level=request.min_level,
             max_level=request.max_level,
+            cache_salt=request.cache_salt,
         )
         _set_prompt(message, request.prompt)
     except (ValueError, TypeError) as error:
@@ -105,6 +106,7 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationReq
         level=message.level if message.HasField("level") else None,
         min_level=message.min_level if message.HasField("min_level") else None,
         max_level=message.max_level if message.HasField("max_level") else None,
+        cache_salt=message.cache_salt,
     )
 
 

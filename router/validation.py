@@ -22,6 +22,7 @@ from colm_serve.router.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
+MAX_CACHE_SALT = 256
 ROLES = ("system", "user", "assistant")
 
 
@@ -37,6 +38,7 @@ class CheckedRequest:
     ttft_s: float | None
     tpot_s: float | None
     deadline_s: float
+    cache_salt: str
 
 
 class Validator:
@@ -73,6 +75,9 @@ class Validator:
         sla = self._sla_class(request.sla_class)
         min_level, max_level = self._levels(request, sla)
         _check_stop(request.stop)
+        if len(request.cache_salt) > MAX_CACHE_SALT:
+            shown = f"{len(request.cache_salt)} characters"
+            raise InvalidArgument("cache_salt", shown, f"at most {MAX_CACHE_SALT}")
         if request.stop and self._tokenizer is None:
             raise InvalidArgument("stop", list(request.stop), "none: this model has no tokenizer")
         if request.grammar is not None and self._tokenizer is None:
@@ -88,6 +93,7 @@ class Validator:
             ttft_s=None if sla.ttft_ms is None else sla.ttft_ms / 1000,
             tpot_s=None if sla.tpot_ms is None else sla.tpot_ms / 1000,
             deadline_s=sla.deadline_s,
+            cache_salt=request.cache_salt,
         )
 
     def check_level(self, field: str, level: int) -> None:

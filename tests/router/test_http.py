@@ -246,6 +246,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETION, {"prompt": "x", "stop": ["a"] * 17}, "stop"),
     (COMPLETION, {"prompt": "x", "stop": 5}, "stop"),
     (COMPLETION, {"prompt": "x", "sla_class": "gold"}, "sla_class"),
+    (COMPLETION, {"prompt": "x", "cache_salt": "s" * 257}, "cache_salt"),
     (COMPLETION, {"prompt": "x", "level": 0}, "level"),
     (COMPLETION, {"prompt": "x", "level": 4}, "level"),
     (COMPLETION, {"prompt": "x", "level": 2, "min_level": 1}, "level"),

@@ -113,6 +113,14 @@ def test_of_tokens_with_one_text_the_likeliest_counts() -> None:
     assert shown["text_offset"] == [5]
 
 
+async def test_the_cache_salt_reaches_the_worker(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        for salt in ({}, {"cache_salt": "tenant"}):
+            body = {"prompt": PROMPT, "max_tokens": 1, **salt}
+            assert (await cluster.http.post("/v1/completions", json=body)).status_code == 200
+        assert [r.cache_salt for r in cluster.worker.requests] == ["", "tenant"]
+
+
 @pytest.mark.parametrize("seed", [4, MAX_SEED])
 async def test_choices_have_seeds_of_their_own(tmp_path: Path, seed: int) -> None:
     script = Script(num_cached=2)
