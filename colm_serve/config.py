@@ -75,6 +75,19 @@ class PrefillConfig(WorkerConfig):
     stall_timeout_s: Seconds = 30.0
 
 
+class SpeculationConfig(_Frozen):
+    """Tokens drafted at a lower level and verified at the request's own, where that is faster."""
+
+    enabled: bool = True
+    sampled: bool = Field(
+        default=False,
+        description="also for requests with a temperature: each of their tokens then takes the "
+        "drafter's scores, drafted or not, and depends on draft_level beside the seed",
+    )
+    draft_level: Count = 1
+    max_drafts: Count = Field(default=8, description="of one request in one step")
+
+
 class DecodeConfig(WorkerConfig):
     """A decode worker: at most `max_rows` rows a step."""
 
@@ -95,6 +108,7 @@ class DecodeConfig(WorkerConfig):
         description="how matrices are kept: auto is float32 on a CPU and bfloat16 on a GPU; the "
         "smaller ones are for a CPU, whose steps take as long as their bytes take to read",
     )
+    speculation: SpeculationConfig = SpeculationConfig()
 
     @model_validator(mode="after")
     def _prompts_fit_beside_rows(self) -> DecodeConfig:

@@ -263,7 +263,8 @@ def _dot(seconds: Iterable[float], counts: Iterable[int]) -> float:
 class DecodeStatus:
     """A decode worker's load; `num_running[k - 1]` counts the rows at level k.
 
-    It reserves pages for a prompt and up to `expected_output_tokens` of output.
+    It reserves pages for a prompt and up to `expected_output_tokens` of output. Of `num_drafted`
+    tokens drafted `num_accepted` held.
     """
 
     worker_id: str
@@ -280,6 +281,8 @@ class DecodeStatus:
     prefill_tokens_per_s: float
     expected_output_tokens: int
     num_preemptions: int
+    num_drafted: int
+    num_accepted: int
 
 
 @dataclass(frozen=True)

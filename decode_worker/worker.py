@@ -20,12 +20,13 @@ from colm_serve.core import (
 )
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.decode_worker.sequence import Sequence, Stage
+from colm_serve.decode_worker.speculation import Speculation, Step
 from colm_serve.decode_worker.turn import Chunk, Row, Turn
 from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import Run, Sampled, sample
+from colm_serve.engine.sampler import Run, Sampled
 from colm_serve.engine.step import Segment, measure_step_cost, run_pass
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
@@ -65,6 +66,9 @@ class DecodeWorker:
         self._worker_id = worker_id
         self._epoch = epoch
         self._step_cost = measure_step_cost(loaded.model, self.pool)
+        self._speculation = Speculation(
+            loaded.model, self.pool, self._step_cost, config.speculation
+        )
         self._prefill_tokens_per_s = 0.0
         self._ledger = PageLedger(config.num_pages)
         self._scheduler = DecodeScheduler(
@@ -147,6 +151,7 @@ class DecodeWorker:
             self._sinks.pop(sequence, None)
             self._processors.pop(sequence, None)
             self._tables.pop(sequence, None)
+            self._speculation.forget(sequence)
             self._scheduler.cancel(sequence)
             self._compute.lock.notify()
 
@@ -171,6 +176,8 @@ class DecodeWorker:
                 prefill_tokens_per_s=self._prefill_tokens_per_s,
                 expected_output_tokens=self._config.expected_output_tokens,
                 num_preemptions=self._scheduler.num_preemptions,
+                num_drafted=self._speculation.num_drafted,
+                num_accepted=self._speculation.num_accepted,
             )
 
     def check_integrity(self) -> None:
@@ -214,20 +221,30 @@ class DecodeWorker:
                 )  # fmt: skip
             for sequence in turn.readmitted:
                 self._sinks[sequence](Readmitted())
-            segments = [self._segment(part) for part in turn.slices]
-            runs = [self._run(part) for part in turn.slices if isinstance(part, Row)]
-        if not segments:
+            steps = [self._step(part) for part in turn.slices if isinstance(part, Row)]
+            chunks = [part for part in turn.slices if isinstance(part, Chunk)]
+            chunk_segments = [self._segment(chunk) for chunk in chunks]
+        if not turn.slices:
             return
+        steps = self._speculation.draft(steps)
         begin = time.perf_counter()
+        # Chunks are not scored, so they stand behind the rows in the turn too.
+        segments = [*(step.segment for step in steps), *chunk_segments]
         scores = run_pass(self._model, self.pool, segments)
-        sampled = sample(scores.logits_SV, runs)
-        pass_s = time.perf_counter() - begin
-        num_prompt_tokens = sum(p.num_tokens for p in turn.slices if isinstance(p, Chunk))
-        if num_prompt_tokens:
-            self._prefill_tokens_per_s = num_prompt_tokens / pass_s
+        sampled = self._speculation.sample(steps, scores)
+        if chunks:
+            pass_s = time.perf_counter() - begin
+            self._prefill_tokens_per_s = sum(chunk.num_tokens for chunk in chunks) / pass_s
         with self._compute.lock:
-            self.num_steps += bool(runs)
+            self.num_steps += bool(steps)
             self._complete(turn, sampled)
+            self._speculation.learn(steps, sampled, chunks)
+
+    def _step(self, row: Row) -> Step:
+        sequence = row.sequence
+        processor = self._processors.get(sequence)
+        run = Run(sequence.request.sampling, len(sequence.tokens), processor)
+        return Step(row, self._segment(row._replace(num_drafts=0)), run)
 
     def _segment(self, part: Row | Chunk) -> Segment:
         sequence, start = part.sequence, part.sequence.num_computed
@@ -240,11 +257,6 @@ class DecodeWorker:
         if table is None or table.pages is not sequence.pages:
             table = self._tables[sequence] = self.pool.table(sequence.pages)
         return table
-
-    def _run(self, row: Row) -> Run:
-        sequence = row.sequence
-        processor = self._processors.get(sequence)
-        return Run(sequence.request.sampling, len(sequence.tokens), processor)
 
     def _complete(self, turn: Turn, sampled: list[Sampled]) -> None:
         """Tell the sinks what the pass made of each row and each prompt."""

@@ -28,7 +28,7 @@ _MARGIN = 1.03
 #: What a new estimate counts for and the most it remembers, in verified drafts.
 _PRIOR_TRIALS, _MEMORY_TRIALS = 4.0, 48.0
 #: A request whose drafts do not pay tries again after so many turns, with this hope and so many.
-_FIRST_WAIT, _LONGEST_WAIT = 16, 512
+_FIRST_WAIT, _LONGEST_WAIT = 64, 512
 _HOPE, _PROBE_DRAFTS = 0.95, 2
 _PROBE_TRIALS = 2.0
 
@@ -164,13 +164,14 @@ class AcceptanceRate:
 
 
 class DraftController:
-    """One request's drafts: what to expect of them, and when to try again after they did not pay.
+    """A request's drafts at one level: what to expect, and when to try again if they do not pay.
 
     The longer they do not pay, the rarer it is tried. Turns are counted by the worker, so that
     requests try in the same turns and share the drafting passes.
     """
 
-    def __init__(self, prior: float) -> None:
+    def __init__(self, level: int, prior: float) -> None:
+        self.level = level
         self._rate = AcceptanceRate(prior)
         self._is_off = False
         self._wait = _FIRST_WAIT
@@ -178,12 +179,12 @@ class DraftController:
     def is_probe(self, turn: int) -> bool:
         return self._is_off and turn % self._wait == 0
 
-    def candidate(self, turn: int, level: int, num_cached: int, max_drafts: int) -> Candidate:
+    def candidate(self, turn: int, num_cached: int, max_drafts: int) -> Candidate:
         """What to plan the turn with: the estimate, or in a probe the hope that it is wrong."""
         if self.is_probe(turn):
             hope = max(_HOPE, self._rate.value)
-            return Candidate(level, num_cached, hope, min(_PROBE_DRAFTS, max_drafts))
-        return Candidate(level, num_cached, self._rate.value, max_drafts)
+            return Candidate(self.level, num_cached, hope, min(_PROBE_DRAFTS, max_drafts))
+        return Candidate(self.level, num_cached, self._rate.value, max_drafts)
 
     def record_plan(self, turn: int, num_drafts: int) -> None:
         if not self.is_probe(turn):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from colm_serve.core import Decoded, FinishReason, SamplingParams
+from colm_serve.core import Decoded, FinishReason, SamplingParams, StepCost
+from colm_serve.decode_worker import worker as worker_module
 from colm_serve.decode_worker.grammars import GrammarQueue
 from colm_serve.engine.grammar_compiler import GrammarCompiler
 from colm_serve.errors import InvalidArgument, ResourceExhausted
@@ -145,3 +146,23 @@ async def test_what_compiles_too_long_is_refused_and_so_is_what_waits_for_it(fol
         queue.close()
     assert [type(result) for result in results] == [InvalidArgument, ResourceExhausted]
     assert "0.02 s" in str(results[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_drafts_change_no_constrained_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    asked = replace(SAMPLED, temperature=temperature, frequency_penalty=0.3)
+    samplings = [replace(asked, grammar=grammar) for grammar in (OBJECT, CALL)]
+    texts, num_accepted = [], []
+    # Drafts that cost next to nothing are made, those that cost a step are not.
+    for draft_s, rest_s in ((0.001, 1.0), (1.0, 0.001)):
+        cost = StepCost((draft_s, rest_s, rest_s), (0.1, 0.0, 0.0))
+        monkeypatch.setattr(worker_module, "measure_step_cost", lambda *_, cost=cost: cost)
+        with decode_service(folder, speculation={"sampled": True}) as (service, worker):
+            async with decode_client(service.address, worker.kv_identity) as client:
+                asking = (client.generate(PROMPT, 3, each) for each in samplings)
+                texts.append([got.tokens for got in await asyncio.gather(*asking)])
+                num_accepted.append((await client.status()).num_accepted)
+    assert texts[0] == texts[1]
+    assert num_accepted[0] > num_accepted[1] == 0

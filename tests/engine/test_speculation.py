@@ -160,7 +160,7 @@ class Simulation:
 
     def __init__(self, draft_cost: float) -> None:
         self.cost = make_cost(draft_cost)
-        self.controller = DraftController(prior=0.6)
+        self.controller = DraftController(TOP, prior=0.6)
         self.turn = 0
 
     def run(self, num_turns: int, acceptance: float) -> tuple[float, list[int]]:
@@ -169,7 +169,7 @@ class Simulation:
         num_tokens, seconds, numbers = 0, 0.0, []
         for _ in range(num_turns):
             self.turn += 1
-            proposed = self.controller.candidate(self.turn, TOP, 0, MAX_DRAFTS)
+            proposed = self.controller.candidate(self.turn, 0, MAX_DRAFTS)
             [num_drafts] = plan(self.cost, proposed)
             self.controller.record_plan(self.turn, num_drafts)
             num_accepted = verify(num_drafts, accepts)
@@ -206,16 +206,16 @@ def test_a_loss_at_any_acceptance_is_never_tried() -> None:
 def test_it_recovers_when_drafts_begin_to_hold() -> None:
     simulation = Simulation(draft_cost=0.2)
     simulation.run(400, 0.05)
-    _, numbers = simulation.run(1500, 0.9)
+    _, numbers = simulation.run(2000, 0.9)
     assert min(numbers[-400:]) >= 2
     _, numbers = simulation.run(400, 0.02)
     assert sum(numbers[-200:]) <= 10
 
 
 def test_requests_try_again_in_the_same_turns() -> None:
-    controllers = [DraftController(prior=0.0) for _ in range(2)]
-    for turn in range(1, 40):
+    controllers = [DraftController(TOP, prior=0.0) for _ in range(2)]
+    for turn in range(1, 60):
         for controller in controllers[: 1 + (turn > 7)]:
             controller.record_plan(turn, 0)
-    probes = [[t for t in range(40, 80) if c.is_probe(t)] for c in controllers]
-    assert probes == [[48, 64]] * 2
+    probes = [[t for t in range(60, 200) if c.is_probe(t)] for c in controllers]
+    assert probes == [[64, 128, 192]] * 2

@@ -228,6 +228,8 @@ def decode_status(**changes: Any) -> DecodeStatus:
         prefill_tokens_per_s=1000.0,
         expected_output_tokens=256,
         num_preemptions=3,
+        num_drafted=0,
+        num_accepted=0,
     )
     return replace(idle, **changes)
 

@@ -68,14 +68,13 @@ events: st.SearchStrategy[DecodeEvent] = st.one_of(
     st.builds(DecodedToken, uint32, uint32, st.none() | logprobs),
     st.builds(Decoded, st.sampled_from(FinishReason), uint32, uint32, timings),
 )
-step_costs = st.builds(
-    StepCost, st.lists(seconds, max_size=4).map(tuple), st.lists(seconds, max_size=4).map(tuple)
-)
+step_costs = st.builds(StepCost, *[st.lists(seconds, max_size=4).map(tuple)] * 4)
 decode_statuses = st.builds(
     DecodeStatus, worker_id=st.text(), epoch=uint64, kv_identity=st.text(), num_levels=uint32,
     max_rows=uint32, num_waiting=uint32, num_running=st.lists(uint32, max_size=4).map(tuple),
     num_free_pages=uint32, num_pages=uint32, page_size=uint32, step_cost=step_costs,
     prefill_tokens_per_s=seconds, expected_output_tokens=uint32, num_preemptions=uint64,
+    num_drafted=uint64, num_accepted=uint64,
 )  # fmt: skip
 prefill_statuses = st.builds(
     PrefillStatus, worker_id=st.text(), epoch=uint64, kv_identity=st.text(), num_running=uint32,

@@ -134,6 +134,10 @@ def decode_status_to_proto(status: DecodeStatus) -> decode_pb2.DecodeStatus:
         prefill_tokens_per_s=status.prefill_tokens_per_s,
         expected_output_tokens=status.expected_output_tokens,
         num_preemptions=status.num_preemptions,
+        wide_row_s=status.step_cost.wide_row_s,
+        cached_token_s=status.step_cost.cached_token_s,
+        num_drafted=status.num_drafted,
+        num_accepted=status.num_accepted,
     )
 
 
@@ -149,8 +153,15 @@ def decode_status_from_proto(message: decode_pb2.DecodeStatus) -> DecodeStatus:
         num_free_pages=message.num_free_pages,
         num_pages=message.num_pages,
         page_size=message.page_size,
-        step_cost=StepCost(tuple(message.chain_s), tuple(message.row_s)),
+        step_cost=StepCost(
+            tuple(message.chain_s),
+            tuple(message.row_s),
+            tuple(message.wide_row_s),
+            tuple(message.cached_token_s),
+        ),
         prefill_tokens_per_s=message.prefill_tokens_per_s,
         expected_output_tokens=message.expected_output_tokens,
         num_preemptions=message.num_preemptions,
+        num_drafted=message.num_drafted,
+        num_accepted=message.num_accepted,
     )
