@@ -135,7 +135,8 @@ class Speculation:
                 running.append(sequence)
                 load.add(sequence.level, len(sequence.tokens))
         for chunk in chunks:
-            load.add(chunk.level, 0, chunk.num_tokens)
+            if chunk.sequence.stage is Stage.PREFILLING:  # The next pass has one more of its.
+                load.add(chunk.level, 0, chunk.num_tokens)
         self._plan(running, load)
 
     def forget(self, sequence: Sequence) -> None:
