@@ -39,6 +39,7 @@ test: lint typecheck
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill_throughput.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/update_readme.py
 
 clean:
