@@ -26,6 +26,8 @@ from colm_serve.model.serving import ServingModel
 
 #: The acceptance rate to begin with, before any draft was verified.
 _FIRST_GUESS = 0.6
+#: While nothing is drafted: planning takes a tenth of a small model's step.
+_TURNS_BETWEEN_PLANS = 4
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Speculation:
     def learn(self, steps: Seq[Step], sampled: Seq[Sampled], chunks: Seq[Chunk]) -> None:
         """Note which drafts held, and set how many each sequence has in its next step."""
         self._turn += 1
+        if self._turn % _TURNS_BETWEEN_PLANS and not any(s.row.sequence.num_drafts for s in steps):
+            return
         running = []
         load = Load(self._model.num_chains)
         for step, made in zip(steps, sampled, strict=True):
