@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from colm_serve.config import TlsConfig
+from colm_serve.core import ScoredPrompt
 from colm_serve.errors import InvalidArgument
 from colm_serve.grammar import Grammar, GrammarKind
 from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
@@ -44,6 +45,7 @@ __all__ = [
     "Grammar",
     "GrammarKind",
     "Options",
+    "ScoredPrompt",
     "Started",
     "Token",
 ]
@@ -74,6 +76,7 @@ class Options(TypedDict, total=False):
     min_tokens: int
     logprobs: int | None
     grammar: Grammar | None
+    prompt_logprobs: int | None
     stop: str | Sequence[str]
     level: int | None
     min_level: int | None

@@ -32,8 +32,9 @@ class SamplingParams:
     """How the next token is chosen; draws are keyed by (seed, position).
 
     `logit_bias` pairs token ids with what is added to their scores; `logprobs` is the number of
-    likeliest tokens to report with each chosen one, None for no logprobs at all. The end of a
-    `grammar` is the end of the text, whatever `ignore_eos` and `min_tokens` say.
+    likeliest tokens to report with each chosen one, None for no logprobs at all, and
+    `prompt_logprobs` the same for the tokens of the prompt. The end of a `grammar` is the end of
+    the text, whatever `ignore_eos` and `min_tokens` say.
 
     Raises:
         InvalidArgument: a value outside what is allowed.
@@ -54,6 +55,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # Written so that NaN fails too.
@@ -78,8 +80,10 @@ class SamplingParams:
             value = getattr(self, field_name)
             if not low <= value <= high:
                 raise InvalidArgument(field_name, value, f"{low} to {high}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise InvalidArgument("logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}")
+        for field_name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, field_name)
+            if number is not None and not 0 <= number <= MAX_LOGPROBS:
+                raise InvalidArgument(field_name, number, f"0 to {MAX_LOGPROBS}")
         self._check_token_lists()
 
     def _check_token_lists(self) -> None:
@@ -114,10 +118,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and the log of the probability that the model itself, unfiltered, gave it."""
+    """A token and the log of the probability that the model itself, unfiltered, gave it.
+
+    The first token of a text has none: nothing predicts it.
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     token: bytes = b""  # its UTF-8 bytes, where known; part of a character perhaps
 
 
@@ -207,6 +214,13 @@ class DecodedToken:
 
 
 @dataclass(frozen=True)
+class ScoredPrompt:
+    """The logprobs of the prompt's next tokens, the first event's from the first token on."""
+
+    logprobs: tuple[Logprobs, ...]
+
+
+@dataclass(frozen=True)
 class Decoded:
     """A request's end at its decode worker."""
 
@@ -216,7 +230,7 @@ class Decoded:
     timings: StageTimings
 
 
-DecodeEvent = Admitted | DecodedToken | Decoded
+DecodeEvent = Admitted | ScoredPrompt | DecodedToken | Decoded
 
 
 @dataclass(frozen=True)

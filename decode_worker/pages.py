@@ -32,7 +32,9 @@ class SequencePages:
             ResourceExhausted: they are not free, or `num_spare` others would not stay free; the
                 sequence has no pages.
         """
-        cached = self._ledger.hold_prefix(self._digests(sequence, sequence.num_prefill))
+        cached: list[int] = []
+        if not sequence.is_scoring:
+            cached = self._ledger.hold_prefix(self._digests(sequence, sequence.num_prefill))
         num_new = self.num_pages(num_tokens) - len(cached)
         num_free = self._ledger.num_free
         if num_new + num_spare > num_free:

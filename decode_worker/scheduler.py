@@ -259,8 +259,8 @@ class DecodeScheduler:
         chunks = []
         for num_done, sequence in enumerate(sorted(prompts, key=lambda s: s.num_missing)):
             num_tokens = min(sequence.num_missing, budget // (len(prompts) - num_done))
-            chunks.append(Chunk(sequence, num_tokens))
-            budget -= num_tokens
+            chunks.append(_next_chunk(sequence, num_tokens))
+            budget -= chunks[-1].num_tokens
         return chunks
 
     def _complete(self, part: Row | Chunk, tokens: tuple[int, ...]) -> Outcome | None:
@@ -270,6 +270,7 @@ class DecodeScheduler:
             return None
         if isinstance(part, Chunk):
             sequence.num_computed += part.num_tokens
+            sequence.num_prompt_scored += part.num_scored
             if sequence.num_missing == 0:
                 del self._prefilling[sequence]
                 self._run(sequence)
@@ -291,6 +292,17 @@ class DecodeScheduler:
             self._waiting.remove(sequence)
         self._pages.release(sequence)
         self._num_empty_turns = 0
+
+
+def _next_chunk(sequence: Sequence, num_tokens: int) -> Chunk:
+    """The next tokens at most, all of them scored or none."""
+    if not sequence.is_scoring:
+        return Chunk(sequence, num_tokens)
+    # A sequence that was preempted computes anew what has been scored, but does not score it.
+    num_known = sequence.num_prompt_scored - sequence.num_computed
+    if num_known > 0:
+        return Chunk(sequence, min(num_tokens, num_known))
+    return Chunk(sequence, num_tokens, sequence.level, num_tokens)
 
 
 def _take_turns(queue: OrderedDict[Sequence, None], num: int) -> list[Sequence]:

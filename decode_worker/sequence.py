@@ -22,6 +22,8 @@ class Stage(Enum):
 class Sequence:
     """One request; the first `num_computed` tokens have their K and V in its pages.
 
+    If the prompt's logprobs are asked for, what follows its first `num_prompt_scored` tokens has
+    been scored.
     Speculation sets `num_drafts`, how many drafted tokens its next step is to verify.
     """
 
@@ -35,6 +37,7 @@ class Sequence:
     num_cached: int = 0  # found in the prefix cache when it was admitted
     num_shipped: int = 0
     num_computed: int = 0
+    num_prompt_scored: int = 0
     num_drafts: int = 0
     num_preemptions: int = 0
     stage: Stage = Stage.WAITING
@@ -59,6 +62,12 @@ class Sequence:
     @property
     def num_missing(self) -> int:
         return self.num_prefill - self.num_computed
+
+    @property
+    def is_scoring(self) -> bool:
+        """Tokens of the prompt have yet to be scored: they are run here, at its level."""
+        is_asked = self.request.sampling.prompt_logprobs is not None
+        return is_asked and self.num_prompt_scored < self.num_prompt - 1
 
     def extend(self, tokens: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
         """Add what a step made, up to the token that ends the text.

@@ -13,6 +13,7 @@ from colm_serve.core import (
     DecodeEvent,
     DecodeRequest,
     FinishReason,
+    ScoredPrompt,
     StageTimings,
 )
 from colm_serve.decode_worker.grammars import GrammarQueue
@@ -51,7 +52,9 @@ class DecodeSession:
         self._progress.put_nowait(error)
 
     async def events(self) -> AsyncGenerator[DecodeEvent]:
-        """Admitted, the tokens, Decoded. Closing the generator frees the pages within one step.
+        """Admitted, the prompt's scores if wanted, the tokens, Decoded.
+
+        Closing the generator frees the pages within one step.
 
         Raises:
             ColmError: refused (see `GrammarQueue.compile`, `DecodeWorker.admit`), or the compute
@@ -78,6 +81,8 @@ class DecodeSession:
                         prefilled = prefilled or time.perf_counter()
                     case Readmitted():
                         await self._get_kv(sequence)
+                    case ScoredPrompt():
+                        yield item
                     case DecodedToken():
                         first = first or time.perf_counter()
                         yield item
@@ -94,11 +99,13 @@ class DecodeSession:
 
     async def _get_kv(self, sequence: Sequence) -> None:
         """Fill the sequence's pages, at first with its prompt, later with its output too."""
-        if sequence.num_missing > self._local_prefill_tokens:
+        if sequence.num_missing > self._local_prefill_tokens and not sequence.is_scoring:
             await self._fetcher.fetch(sequence)
         self._worker.begin(sequence)
 
-    async def _next(self) -> PromptComplete | Readmitted | DecodedToken | FinishReason:
+    async def _next(
+        self,
+    ) -> PromptComplete | Readmitted | ScoredPrompt | DecodedToken | FinishReason:
         item = await self._progress.get()
         if isinstance(item, ColmError):
             raise item

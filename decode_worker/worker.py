@@ -17,6 +17,9 @@ from colm_serve.core import (
     DecodeStatus,
     FinishReason,
     KvLayout,
+    Logprobs,
+    ScoredPrompt,
+    TokenLogprob,
 )
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.decode_worker.sequence import Sequence, Stage
@@ -26,7 +29,7 @@ from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import Run, Sampled
+from colm_serve.engine.sampler import Run, Sampled, logprobs_of
 from colm_serve.engine.step import Segment, measure_step_cost, run_pass
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
@@ -45,7 +48,7 @@ class Readmitted:
     """The sequence was preempted and has pages again, which lack KV: `begin` it once more."""
 
 
-SequenceNews = PromptComplete | Readmitted | DecodedToken | FinishReason | ColmError
+SequenceNews = PromptComplete | Readmitted | ScoredPrompt | DecodedToken | FinishReason | ColmError
 #: Called with what became of a sequence, mostly on the compute thread; must not block.
 SequenceSink = Callable[[SequenceNews], object]
 
@@ -125,6 +128,8 @@ class DecodeWorker:
             processor = LogitsProcessor.make(request, sequence.tokens, eos_token_ids, grammar)
             if processor is not None:
                 self._processors[sequence] = processor
+            if request.sampling.prompt_logprobs is not None:
+                sink(ScoredPrompt((Logprobs(TokenLogprob(request.prompt[0], None)),)))
             return sequence
 
     def begin(self, sequence: Sequence) -> None:
@@ -223,22 +228,48 @@ class DecodeWorker:
                 self._sinks[sequence](Readmitted())
             steps = [self._step(part) for part in turn.slices if isinstance(part, Row)]
             chunks = [part for part in turn.slices if isinstance(part, Chunk)]
-            chunk_segments = [self._segment(chunk) for chunk in chunks]
+            segments = {chunk: self._segment(chunk) for chunk in chunks}
+        stored = [chunk for chunk in chunks if not chunk.num_scored]
+        steps = self._speculation.draft(steps)
+        sampled = self._run_rows(steps, stored, [segments[chunk] for chunk in stored])
+        scored = [chunk for chunk in chunks if chunk.num_scored]
+        logprobs = self._score_prompts(scored, [segments[chunk] for chunk in scored])
         if not turn.slices:
             return
-        steps = self._speculation.draft(steps)
+        with self._compute.lock:
+            self.num_steps += bool(steps)
+            self._complete(turn, sampled, logprobs)
+            self._speculation.learn(steps, sampled, stored)
+
+    def _run_rows(
+        self, steps: list[Step], chunks: list[Chunk], chunk_segments: list[Segment]
+    ) -> list[Sampled]:
+        """One pass over the rows, with the prompts whose K and V it stores behind them."""
+        if not (steps or chunks):
+            return []
         begin = time.perf_counter()
-        # Chunks are not scored, so they stand behind the rows in the turn too.
         segments = [*(step.segment for step in steps), *chunk_segments]
         scores = run_pass(self._model, self.pool, segments)
         sampled = self._speculation.sample(steps, scores)
         if chunks:
             pass_s = time.perf_counter() - begin
             self._prefill_tokens_per_s = sum(chunk.num_tokens for chunk in chunks) / pass_s
-        with self._compute.lock:
-            self.num_steps += bool(steps)
-            self._complete(turn, sampled)
-            self._speculation.learn(steps, sampled, chunks)
+        return sampled
+
+    def _score_prompts(
+        self, chunks: list[Chunk], segments: list[Segment]
+    ) -> dict[Chunk, ScoredPrompt]:
+        """What the prompts' own levels say of their tokens, in a pass of its own."""
+        if not chunks:
+            return {}
+        scores = run_pass(self._model, self.pool, segments)
+        parts = scores.logits_SV.split([chunk.num_scored for chunk in chunks])
+        logprobs = {}
+        for chunk, segment, logits_TV in zip(chunks, segments, parts, strict=True):
+            followers = chunk.sequence.tokens[segment.start + 1 : segment.stop + 1]
+            num_top = chunk.sequence.request.sampling.prompt_logprobs or 0
+            logprobs[chunk] = ScoredPrompt(tuple(logprobs_of(logits_TV, followers, num_top)))
+        return logprobs
 
     def _step(self, row: Row) -> Step:
         sequence = row.sequence
@@ -258,7 +289,9 @@ class DecodeWorker:
             table = self._tables[sequence] = self.pool.table(sequence.pages)
         return table
 
-    def _complete(self, turn: Turn, sampled: list[Sampled]) -> None:
+    def _complete(
+        self, turn: Turn, sampled: list[Sampled], logprobs: dict[Chunk, ScoredPrompt]
+    ) -> None:
         """Tell the sinks what the pass made of each row and each prompt."""
         of_rows = iter(sampled)
         results = [next(of_rows) if isinstance(p, Row) else Sampled([]) for p in turn.slices]
@@ -268,6 +301,8 @@ class DecodeWorker:
                 continue
             sink = self._sinks[part.sequence]
             if isinstance(part, Chunk):
+                if part in logprobs:
+                    sink(logprobs[part])
                 if part.sequence.stage is Stage.RUNNING:
                     sink(PromptComplete())
                 continue
@@ -276,8 +311,8 @@ class DecodeWorker:
                 sink(failure)
                 continue
             for index, token in enumerate(outcome.tokens):
-                logprobs = result.logprobs[index] if result.logprobs else None
-                sink(DecodedToken(token, part.level, logprobs))
+                of_token = result.logprobs[index] if result.logprobs else None
+                sink(DecodedToken(token, part.level, of_token))
             if outcome.reason is not None:
                 sink(outcome.reason)
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from colm_serve.core import MAX_SEED
-from colm_serve.router.request import GenerationEvent, GenerationRequest, Token
+from colm_serve.router.request import Finished, GenerationEvent, GenerationRequest, Token
 
 Events = AsyncGenerator[GenerationEvent, None]
 Generate = Callable[[GenerationRequest], Events]
@@ -30,7 +30,7 @@ def choices(generate: Generate, request: GenerationRequest, num_choices: int) ->
 async def _first(events: Events, is_cached: asyncio.Event) -> Events:
     async with aclosing(events):
         async for event in events:
-            if isinstance(event, Token):
+            if isinstance(event, Token | Finished):
                 is_cached.set()
             yield event
 

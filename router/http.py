@@ -79,7 +79,8 @@ async def _generate(
 ) -> Response:
     body = read_body(kind, await _read(request))
     requests, num_choices = body.requests(), body.num_choices
-    answer = Answer(style, int(time.time()), len(requests), num_choices)
+    echoes = [router.prompt_text(r.prompt) for r in requests] if body.is_echoed else None
+    answer = Answer(style, int(time.time()), len(requests), num_choices, echoes)
     streams = chain.from_iterable(choices(router.generate, r, num_choices) for r in requests)
     events = merge(tuple(streams), MAX_BATCH_CONCURRENT)
     # The first event is awaited before anything is sent, so that a refusal has its own status.

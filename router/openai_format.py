@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from colm_serve.core import FinishReason, Logprobs
+from colm_serve.core import FinishReason, Logprobs, ScoredPrompt
 from colm_serve.router.openai_logprobs import chat_logprobs, completion_logprobs, num_characters
 from colm_serve.router.request import Finished, GenerationEvent, Started, Token
 
@@ -53,6 +53,7 @@ CHAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", is_chat=T
 class Choice:
     """One generation's answer, gathered from its events."""
 
+    echo: str = ""  # the prompt, where the answer is to begin with it
     text: str = ""
     levels: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -62,16 +63,21 @@ class Choice:
     def add(self, event: GenerationEvent) -> None:
         match event:
             case Started():
-                pass
+                self.text = self.echo
+            case ScoredPrompt():
+                self._add_logprobs(event.logprobs)
             case Token():
                 self.text += event.text
                 self.levels.append(event.level)
                 if event.logprobs is not None:
-                    self.logprobs.append(event.logprobs)
-                    self.num_characters += num_characters(event.logprobs.chosen)
+                    self._add_logprobs([event.logprobs])
             case Finished():
                 self.text += event.text
                 self.finished = event
+
+    def _add_logprobs(self, logprobs: Sequence[Logprobs]) -> None:
+        self.logprobs += logprobs
+        self.num_characters += sum(num_characters(entry.chosen) for entry in logprobs)
 
 
 class Answer:
@@ -80,12 +86,21 @@ class Answer:
     It has `num_choices` choices for each prompt, those of the first prompt first.
     """
 
-    def __init__(self, style: Format, created: int, num_prompts: int, num_choices: int = 1) -> None:
+    def __init__(
+        self,
+        style: Format,
+        created: int,
+        num_prompts: int,
+        num_choices: int = 1,
+        echoes: Sequence[str] | None = None,
+    ) -> None:
+        """`echoes`: the text of each prompt, where answers begin with it."""
         self._style = style
         self._created = created
         self._head: Json = {}
         self._num_per_prompt = num_choices
-        self._choices = [Choice() for _ in range(num_prompts * num_choices)]
+        echoes = [""] * num_prompts if echoes is None else echoes
+        self._choices = [Choice(echo) for echo in echoes for _ in range(num_choices)]
 
     def add(self, index: int, event: GenerationEvent) -> list[Json]:
         """Note an event of one of the choices; returns the chunks that a stream sends for it."""
@@ -96,10 +111,16 @@ class Answer:
         choice.add(event)
         match event:
             case Started():
+                if choice.echo:
+                    echo = self._style.chunk_text(choice.echo)
+                    return [self._chunk(index, echo, event.level, None)]
                 if not self._style.is_chat:
                     return []
                 delta = {"delta": {"role": "assistant", "content": ""}}
                 return [self._chunk(index, delta, event.level, None)]
+            case ScoredPrompt():
+                logprobs = self._style.logprobs(event.logprobs, text_offset)
+                return [self._chunk(index, self._style.chunk_text(""), None, None, logprobs)]
             case Token():
                 text = self._style.chunk_text(event.text)
                 new = [] if event.logprobs is None else [event.logprobs]

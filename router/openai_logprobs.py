@@ -47,9 +47,11 @@ def num_characters(entry: TokenLogprob) -> int:
     return sum(byte & 0xC0 != 0x80 for byte in entry.token)
 
 
-def _top(logprobs: Logprobs) -> dict[str, float]:
+def _top(logprobs: Logprobs) -> dict[str, float | None] | None:
     """By text; of tokens with the same text the likeliest, which comes first, counts."""
-    best: dict[str, float] = {}
+    if logprobs.chosen.logprob is None:
+        return None  # As OpenAI has it for the first token of a text.
+    best: dict[str, float | None] = {}
     for entry in logprobs.top:
         best.setdefault(token_text(entry), entry.logprob)
     return best

@@ -28,7 +28,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "echo": (False,),
     "suffix": ("",),
     "length_penalty": (1,),
     "use_beam_search": (False,),
@@ -113,6 +112,11 @@ class _GenerationBody(_Body):
     cache_salt: str | None = None
 
     @property
+    def is_echoed(self) -> bool:
+        """Whether answers begin with their prompts."""
+        return False
+
+    @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -126,7 +130,11 @@ class _GenerationBody(_Body):
         return self.n
 
     def _request(
-        self, prompt: Prompt, max_tokens: int | None, logprobs: int | None
+        self,
+        prompt: Prompt,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> GenerationRequest:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         values = {name: getattr(self, name) for name in _SAME_NAME}
@@ -137,6 +145,7 @@ class _GenerationBody(_Body):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=_logit_bias(self.logit_bias or {}),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             grammar=read_grammar(self.response_format, self.structured_outputs),
             **{name: value for name, value in values.items() if value is not None},
         )
@@ -147,10 +156,19 @@ class CompletionBody(_GenerationBody):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
+    echo: bool | None = None
 
     def requests(self) -> list[GenerationRequest]:
         """One request for each prompt; raises InvalidArgument when there is none."""
-        return [self._request(prompt, self.max_tokens, self.logprobs) for prompt in self._prompts()]
+        scored = self.logprobs if self.echo else None
+        return [
+            self._request(prompt, self.max_tokens, self.logprobs, scored)
+            for prompt in self._prompts()
+        ]
+
+    @property
+    def is_echoed(self) -> bool:
+        return bool(self.echo)
 
     def _prompts(self) -> list[Prompt]:
         if isinstance(self.prompt, str):

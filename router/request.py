@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colm_serve.core import FinishReason, Logprobs, StageTimings
+from colm_serve.core import FinishReason, Logprobs, ScoredPrompt, StageTimings
 from colm_serve.grammar import Grammar
 
 
@@ -36,7 +36,8 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 class GenerationRequest:
     """What a client asks for, unchecked; None leaves a choice to the router.
 
-    An empty `model` means the one that the cluster serves.
+    An empty `model` means the one that the cluster serves. With `prompt_logprobs`, `max_tokens`
+    may be 0: the prompt is scored, and that is all.
     """
 
     prompt: Prompt
@@ -56,6 +57,7 @@ class GenerationRequest:
     min_tokens: int = 0
     logprobs: int | None = None
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     sla_class: str | None = None
     level: int | None = None
@@ -103,4 +105,4 @@ class Finished:
     text: str = ""
 
 
-GenerationEvent = Started | Token | Finished
+GenerationEvent = Started | ScoredPrompt | Token | Finished

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from colm_serve.config import ClusterConfig
-from colm_serve.core import Admitted, Decoded, DecodedToken, FinishReason, Membership
+from colm_serve.core import Admitted, Decoded, DecodedToken, FinishReason, Membership, ScoredPrompt
 from colm_serve.errors import (
     ColmError,
     DataLoss,
@@ -28,7 +28,13 @@ from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.policy import Placement, Policy, highest_level_least_finish
 from colm_serve.router.poller import StatusPoller
-from colm_serve.router.request import GenerationEvent, GenerationRequest
+from colm_serve.router.request import (
+    GenerationEvent,
+    GenerationRequest,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
 from colm_serve.router.running import RunningRequest
 from colm_serve.router.tokenizer import Tokenizer
 from colm_serve.router.validation import Validator
@@ -83,7 +89,9 @@ class Router:
         await self._clients.close_all()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
-        """Started, a Token for each token, Finished. Closing the generator ends the request.
+        """Started, the prompt's scores if wanted, a Token for each token, Finished.
+
+        Closing the generator ends the request.
 
         Raises:
             InvalidArgument: a field has a value that is not allowed; nothing was done.
@@ -105,6 +113,16 @@ class Router:
         except ColmError as error:
             self._metrics.failed(error)
             raise
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """What a prompt says; empty where token ids stand for no text."""
+        match prompt:
+            case TextPrompt(text):
+                return text
+            case TokenPrompt(token_ids) if self._decode_text is not None:
+                known = [i for i in token_ids if 0 <= i < self.model.vocab_size]
+                return self._decode_text(known)
+        return ""
 
     async def set_level(self, request_id: str, level: int) -> None:
         """Move a running request to another level from its next token on.
@@ -169,6 +187,11 @@ class Router:
                             self.view.admitted(running.request_id, placement)
                             if (started := running.admitted(event)) is not None:
                                 yield started
+                        case ScoredPrompt():
+                            yield running.scored(event)
+                            if running.is_scored_only:
+                                yield running.finished(FinishReason.LENGTH, None)
+                                return
                         case DecodedToken():
                             yield running.token(event)
                             if running.is_stopped:

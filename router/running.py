@@ -13,6 +13,7 @@ from colm_serve.core import (
     FinishReason,
     Logprobs,
     Member,
+    ScoredPrompt,
     StageTimings,
     TokenLogprob,
 )
@@ -54,6 +55,8 @@ class RunningRequest:
         self._level: int | None = None
         self._is_level_set = False
         self._num_cached = 0
+        self._num_scored = 0
+        self._num_scored_by_call = 0
 
     @property
     def is_resuming(self) -> bool:
@@ -89,15 +92,22 @@ class RunningRequest:
         """Note an attempt; returns what to ask of the decode worker, and what that costs."""
         self.num_attempts += 1
         self._level = placement.level
+        self._num_scored_by_call = 0
         self.lifecycle.reach(Stage.PLACED)
         prompt, max_tokens = self._prompt, self._max_tokens
-        min_tokens = max(0, self.checked.sampling.min_tokens - len(self._output))
+        sampling = self.checked.sampling
+        is_scored = self._num_scored == len(self.checked.prompt)
         request = DecodeRequest(
             request_id=self.request_id,
             prompt=prompt,
             level=placement.level,
             # Draws are keyed by (seed, position), so they continue where they were.
-            sampling=replace(self.checked.sampling, max_tokens=max_tokens, min_tokens=min_tokens),
+            sampling=replace(
+                sampling,
+                max_tokens=max_tokens,
+                min_tokens=max(0, sampling.min_tokens - len(self._output)),
+                prompt_logprobs=None if is_scored else sampling.prompt_logprobs,
+            ),
             prefill_addresses=tuple(member.address for member in placement.prefill),
             kv_identity=self._model.kv_identity,
             num_resumed_tokens=len(self._output),
@@ -120,6 +130,19 @@ class RunningRequest:
         self.lifecycle.reach(Stage.ADMITTED)
         return Started(self.request_id, self._model.name, self._level)
 
+    def scored(self, event: ScoredPrompt) -> ScoredPrompt:
+        """The scores that the client has not had from a call before."""
+        num_had = max(0, self._num_scored - self._num_scored_by_call)
+        self._num_scored_by_call += len(event.logprobs)
+        new = event.logprobs[num_had:]
+        self._num_scored += len(new)
+        return ScoredPrompt(tuple(map(self._with_bytes, new)))
+
+    @property
+    def is_scored_only(self) -> bool:
+        """The prompt has been scored, and that is all there was to do."""
+        return self.checked.is_scored_only and self._num_scored == len(self.checked.prompt)
+
     def token(self, event: DecodedToken) -> Token:
         self.lifecycle.token()
         self._output.append(event.token_id)
@@ -132,6 +155,8 @@ class RunningRequest:
         """Why no more tokens are owed, should the decode worker be gone before it said so."""
         if self.is_stopped:
             return FinishReason.STOP
+        if self.is_scored_only:
+            return FinishReason.LENGTH
         if not self._output:
             return None
         if self._output[-1] in self._ending_token_ids:

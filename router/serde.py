@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from colm_serve.core import ScoredPrompt
 from colm_serve.errors import DataLoss, InvalidArgument
 from colm_serve.proto.colm.v1 import common_pb2, generation_pb2
 from colm_serve.router.cluster_status import ClusterStatus, WorkerState
@@ -25,6 +26,8 @@ from colm_serve.transport.serde import (
     grammar_to_proto,
     logprobs_from_proto,
     logprobs_to_proto,
+    scored_prompt_from_proto,
+    scored_prompt_to_proto,
     timings_from_proto,
     timings_to_proto,
 )
@@ -51,6 +54,7 @@ def request_to_proto(request: GenerationRequest) -> generation_pb2.GenerateReque
                 min_tokens=request.min_tokens,
                 logprobs=request.logprobs,
                 grammar=grammar_to_proto(request.grammar),
+                prompt_logprobs=request.prompt_logprobs,
             ),
             stop=request.stop,
             sla_class=request.sla_class,
@@ -101,6 +105,7 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationReq
         min_tokens=sampling.min_tokens,
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         grammar=grammar_from_proto(sampling),
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         stop=tuple(message.stop),
         sla_class=message.sla_class or None,
         level=message.level if message.HasField("level") else None,
@@ -129,6 +134,8 @@ def event_to_proto(event: GenerationEvent) -> generation_pb2.GenerateEvent:
                 request_id=event.request_id, model=event.model, level=event.level
             )
             return generation_pb2.GenerateEvent(started=started)
+        case ScoredPrompt():
+            return generation_pb2.GenerateEvent(scored_prompt=scored_prompt_to_proto(event))
         case Token():
             token = generation_pb2.Token(
                 token_id=event.token_id,
@@ -158,6 +165,8 @@ def event_from_proto(message: generation_pb2.GenerateEvent) -> GenerationEvent:
         case "started":
             started = message.started
             return Started(started.request_id, started.model, started.level)
+        case "scored_prompt":
+            return scored_prompt_from_proto(message.scored_prompt)
         case "token":
             token = message.token
             logprobs = logprobs_from_proto(token.logprobs) if token.HasField("logprobs") else None
@@ -176,7 +185,7 @@ def event_from_proto(message: generation_pb2.GenerateEvent) -> GenerationEvent:
                 text=finished.text,
             )
         case other:
-            raise DataLoss(f"event {other!r} is none of started, token, finished")
+            raise DataLoss(f"event {other!r} is none of started, scored_prompt, token, finished")
 
 
 def cluster_status_to_proto(status: ClusterStatus) -> generation_pb2.ClusterStatus:

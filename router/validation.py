@@ -39,6 +39,7 @@ class CheckedRequest:
     tpot_s: float | None
     deadline_s: float
     cache_salt: str
+    is_scored_only: bool = False
 
 
 class Validator:
@@ -93,6 +94,7 @@ class Validator:
             ttft_s=None if sla.ttft_ms is None else sla.ttft_ms / 1000,
             tpot_s=None if sla.tpot_ms is None else sla.tpot_ms / 1000,
             deadline_s=sla.deadline_s,
+            is_scored_only=_is_scored_only(request),
             cache_salt=request.cache_salt,
         )
 
@@ -171,6 +173,8 @@ class Validator:
         max_tokens = request.max_tokens
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, room)
+        if _is_scored_only(request):
+            max_tokens = 1  # A worker makes one at least; the request ends before it.
         if max_tokens > room:
             allowed = (
                 f"1 to {room}: the context holds {self._model.max_context} tokens, the prompt has "
@@ -194,9 +198,14 @@ class Validator:
             min_tokens=request.min_tokens,
             logprobs=request.logprobs,
             grammar=request.grammar,
+            prompt_logprobs=request.prompt_logprobs,
         )
         sampling.check_vocabulary(self._model.vocab_size, self._model.eos_token_ids)
         return sampling
+
+
+def _is_scored_only(request: GenerationRequest) -> bool:
+    return request.max_tokens == 0 and request.prompt_logprobs is not None
 
 
 def _check_roles(messages: tuple[ChatMessage, ...]) -> None:

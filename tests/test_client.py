@@ -16,7 +16,7 @@ from tests.router.scripted import Script, continuation
 
 
 def text_of(events: list[GenerationEvent]) -> str:
-    return "".join(event.text for event in events if not isinstance(event, Started))
+    return "".join(event.text for event in events if isinstance(event, Token | Finished))
 
 
 async def test_both_clients_read_the_same_generation(tmp_path: Path) -> None:

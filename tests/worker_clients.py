@@ -22,10 +22,12 @@ from colm_serve.core import (
     DecodeRequest,
     DecodeStatus,
     KvLayout,
+    Logprobs,
     MoveLevel,
     PrefillRequest,
     PrefillStatus,
     SamplingParams,
+    ScoredPrompt,
 )
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2
 from colm_serve.transport import kv_frames, serde
@@ -55,6 +57,7 @@ class Generation:
 
     tokens: list[int] = field(default_factory=list)
     levels: list[int] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
     num_cached: int = 0
     end: Decoded | None = None
 
@@ -62,6 +65,9 @@ class Generation:
         match event:
             case Admitted():
                 self.num_cached = event.num_cached_tokens
+            case ScoredPrompt():
+                assert not self.tokens, "the prompt's scores come before the first token"
+                self.prompt_logprobs += event.logprobs
             case DecodedToken():
                 self.tokens.append(event.token_id)
                 self.levels.append(event.level)

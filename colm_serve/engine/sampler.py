@@ -103,10 +103,11 @@ def _sample_run(run: Run, logits_SV: Tensor, best: Sequence[int]) -> Sampled:
     num_top = run.sampling.logprobs
     if num_top is None:
         return Sampled(tokens)
-    return Sampled(tokens, _logprobs(logits_SV[: len(tokens)], tokens, num_top))
+    return Sampled(tokens, logprobs_of(logits_SV[: len(tokens)], tokens, num_top))
 
 
-def _logprobs(logits_RV: Tensor, chosen: Sequence[int], num_top: int) -> list[Logprobs]:
+def logprobs_of(logits_RV: Tensor, chosen: Sequence[int], num_top: int) -> list[Logprobs]:
+    """The logprobs of each row's token and of its `num_top` likeliest ones, unfiltered."""
     logprobs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
     # The same number whatever is asked, for ties to fall the same way.
     values, token_ids = logprobs_RV.topk(min(MAX_LOGPROBS, logprobs_RV.shape[-1]), dim=-1)

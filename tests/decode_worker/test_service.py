@@ -135,18 +135,22 @@ async def test_prefixes_are_shared_across_levels_and_turns(folder: Path) -> None
 
 @pytest.mark.parametrize("chunk_tokens", [5, 64])
 async def test_mixed_levels_in_one_batch_give_each_its_own_text(
-    folder: Path, chunk_tokens: int
+    folder: Path, gate: Gate, chunk_tokens: int
 ) -> None:
     lengths = (40, 7, 90, 1, 33, 64)
     cases = [(make_prompt(n, seed=n), 1 + i % 3) for i, n in enumerate(lengths)]
     samplings = [GREEDY, SAMPLED] * 3
-    async with cluster(folder, prefill={"chunk_tokens": chunk_tokens}, max_rows=4) as c:
-        generations = await asyncio.gather(
-            *(
+    prefill = {"chunk_tokens": chunk_tokens}
+    async with cluster(folder, prefill, max_rows=4, before_block=gate) as c:
+        calls = [
+            asyncio.ensure_future(
                 c.decode.generate(prompt, level, with_tokens(sampling, 16), c.prefill)
-                for (prompt, level), sampling in zip(cases, samplings, strict=True)
             )
-        )
+            for (prompt, level), sampling in zip(cases, samplings, strict=True)
+        ]
+        await eventually(lambda: sum(c.decode_worker.status().num_running) == 6, "all six run")
+        gate.is_open.set()
+        generations = await asyncio.gather(*calls)
         num_steps = c.decode_worker.num_steps
     for (prompt, level), sampling, got in zip(cases, samplings, generations, strict=True):
         assert got.tokens == generate_alone(folder, prompt, [level] * 16, sampling)

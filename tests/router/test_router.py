@@ -51,7 +51,7 @@ async def test_a_generation_is_started_tokens_finished(tmp_path: Path) -> None:
 async def test_events_carry_the_text(tmp_path: Path) -> None:
     async with scripted_cluster(tmp_path) as cluster:
         events = await generate(cluster, token_ids=PROMPT, max_tokens=40, seed=3)
-        text = "".join(e.text for e in events if not isinstance(e, Started))
+        text = "".join(e.text for e in events if isinstance(e, Token | Finished))
         assert cluster.router._decode_text is not None
         assert text == cluster.router._decode_text(token_ids(events))
 
@@ -132,10 +132,10 @@ async def test_client_cancellation_reaches_the_worker(tmp_path: Path) -> None:
 async def test_a_stop_string_ends_the_text_and_the_call(tmp_path: Path) -> None:
     async with scripted_cluster(tmp_path) as cluster:
         full = await generate(cluster, token_ids=PROMPT, max_tokens=30, seed=2)
-        text = "".join(e.text for e in full if not isinstance(e, Started))
+        text = "".join(e.text for e in full if isinstance(e, Token | Finished))
         stop = text[8:11]
         cut = await generate(cluster, token_ids=PROMPT, max_tokens=30, seed=2, stop=stop)
-        got = "".join(e.text for e in cut if not isinstance(e, Started))
+        got = "".join(e.text for e in cut if isinstance(e, Token | Finished))
         assert got == text[: text.index(stop)]
         assert last(cut).reason is FinishReason.STOP
         assert last(cut).usage.num_output_tokens == len(token_ids(cut)) < 30

@@ -9,6 +9,8 @@ from colm_serve.transport.serde.common import (
     logprobs_to_proto,
     sampling_from_proto,
     sampling_to_proto,
+    scored_prompt_from_proto,
+    scored_prompt_to_proto,
     timings_from_proto,
     timings_to_proto,
 )
@@ -53,6 +55,8 @@ __all__ = [
     "prefill_status_to_proto",
     "sampling_from_proto",
     "sampling_to_proto",
+    "scored_prompt_from_proto",
+    "scored_prompt_to_proto",
     "timings_from_proto",
     "timings_to_proto",
 ]

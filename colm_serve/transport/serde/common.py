@@ -7,6 +7,7 @@ from colm_serve.core import (
     KvLayout,
     Logprobs,
     SamplingParams,
+    ScoredPrompt,
     StageTimings,
     TokenLogprob,
 )
@@ -46,6 +47,7 @@ def sampling_from_proto(
         min_tokens=message.min_tokens,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         grammar=grammar_from_proto(message),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
 
@@ -66,6 +68,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
         min_tokens=sampling.min_tokens,
         logprobs=sampling.logprobs,
         grammar=grammar_to_proto(sampling.grammar),
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
@@ -109,8 +112,10 @@ def layout_from_proto(message: common_pb2.KvLayout) -> KvLayout:
 
 
 def logprobs_to_proto(logprobs: Logprobs | None) -> common_pb2.Logprobs | None:
-    if logprobs is None:
-        return None
+    return None if logprobs is None else _logprobs_to_proto(logprobs)
+
+
+def _logprobs_to_proto(logprobs: Logprobs) -> common_pb2.Logprobs:
     return common_pb2.Logprobs(
         chosen=_token_logprob_to_proto(logprobs.chosen),
         top=[_token_logprob_to_proto(entry) for entry in logprobs.top],
@@ -124,6 +129,17 @@ def logprobs_from_proto(message: common_pb2.Logprobs) -> Logprobs:
     )
 
 
+def scored_prompt_to_proto(event: ScoredPrompt) -> common_pb2.ScoredPrompt:
+    message = common_pb2.ScoredPrompt()
+    for entry in event.logprobs:
+        message.logprobs.append(_logprobs_to_proto(entry))
+    return message
+
+
+def scored_prompt_from_proto(message: common_pb2.ScoredPrompt) -> ScoredPrompt:
+    return ScoredPrompt(tuple(map(logprobs_from_proto, message.logprobs)))
+
+
 def _token_logprob_to_proto(entry: TokenLogprob) -> common_pb2.TokenLogprob:
     return common_pb2.TokenLogprob(
         token_id=entry.token_id, logprob=entry.logprob, token=entry.token
@@ -131,4 +147,5 @@ def _token_logprob_to_proto(entry: TokenLogprob) -> common_pb2.TokenLogprob:
 
 
 def _token_logprob_from_proto(message: common_pb2.TokenLogprob) -> TokenLogprob:
-    return TokenLogprob(message.token_id, message.logprob, message.token)
+    logprob = message.logprob if message.HasField("logprob") else None
+    return TokenLogprob(message.token_id, logprob, message.token)

@@ -10,6 +10,7 @@ from colm_serve.core import (
     DecodeRequest,
     DecodeStatus,
     MoveLevel,
+    ScoredPrompt,
     StepCost,
 )
 from colm_serve.errors import InvalidArgument
@@ -21,6 +22,8 @@ from colm_serve.transport.serde.common import (
     logprobs_to_proto,
     sampling_from_proto,
     sampling_to_proto,
+    scored_prompt_from_proto,
+    scored_prompt_to_proto,
     timings_from_proto,
     timings_to_proto,
 )
@@ -80,6 +83,8 @@ def decode_event_to_proto(event: DecodeEvent) -> decode_pb2.DecodeEvent:
         case Admitted():
             admitted = decode_pb2.Admitted(num_cached_tokens=event.num_cached_tokens)
             return decode_pb2.DecodeEvent(admitted=admitted)
+        case ScoredPrompt():
+            return decode_pb2.DecodeEvent(scored_prompt=scored_prompt_to_proto(event))
         case DecodedToken():
             token = decode_pb2.DecodedToken(
                 token_id=event.token_id,
@@ -101,6 +106,8 @@ def decode_event_from_proto(message: decode_pb2.DecodeEvent) -> DecodeEvent:
     match message.WhichOneof("event"):
         case "admitted":
             return Admitted(message.admitted.num_cached_tokens)
+        case "scored_prompt":
+            return scored_prompt_from_proto(message.scored_prompt)
         case "token":
             token = message.token
             logprobs = logprobs_from_proto(token.logprobs) if token.HasField("logprobs") else None
@@ -114,7 +121,7 @@ def decode_event_from_proto(message: decode_pb2.DecodeEvent) -> DecodeEvent:
                 timings=timings_from_proto(finished.timings),
             )
         case other:
-            raise InvalidArgument("event", other, "admitted, token or finished")
+            raise InvalidArgument("event", other, "admitted, scored_prompt, token or finished")
 
 
 def decode_status_to_proto(status: DecodeStatus) -> decode_pb2.DecodeStatus:

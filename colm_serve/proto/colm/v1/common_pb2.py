@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%colm_serve/proto/colm/v1/common.proto\x12\x07\x63olm.v1\"\xab\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\r\n\x05min_p\x18\x07 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x12:\n\nlogit_bias\x18\x0b \x03(\x0b\x32&.colm.v1.SamplingParams.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nmin_tokens\x18\r \x01(\x05\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\x06\x88\x01\x01\x12!\n\x07grammar\x18\x0f \x01(\x0b\x32\x10.colm.v1.Grammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"o\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04\x65\x62nf\x18\x04 \x01(\tH\x00\x12\r\n\x05\x66ield\x18\x05 \x01(\tB\x06\n\x04kind\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\x0c\"U\n\x08Logprobs\x12%\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x15.colm.v1.TokenLogprob\x12\"\n\x03top\x18\x02 \x03(\x0b\x32\x15.colm.v1.TokenLogprob\"Y\n\x0cStageTimings\x12\x11\n\tprefill_s\x18\x01 \x01(\x01\x12\x14\n\x0c\x66irst_step_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x04 \x01(\x01\"U\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%colm_serve/proto/colm/v1/common.proto\x12\x07\x63olm.v1\"\xdd\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\r\n\x05min_p\x18\x07 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x12:\n\nlogit_bias\x18\x0b \x03(\x0b\x32&.colm.v1.SamplingParams.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nmin_tokens\x18\r \x01(\x05\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\x06\x88\x01\x01\x12!\n\x07grammar\x18\x0f \x01(\x0b\x32\x10.colm.v1.Grammar\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\x05H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"o\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04\x65\x62nf\x18\x04 \x01(\tH\x00\x12\r\n\x05\x66ield\x18\x05 \x01(\tB\x06\n\x04kind\"Q\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05token\x18\x03 \x01(\x0c\x42\n\n\x08_logprob\"U\n\x08Logprobs\x12%\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x15.colm.v1.TokenLogprob\x12\"\n\x03top\x18\x02 \x03(\x0b\x32\x15.colm.v1.TokenLogprob\"3\n\x0cScoredPrompt\x12#\n\x08logprobs\x18\x01 \x03(\x0b\x32\x11.colm.v1.Logprobs\"Y\n\x0cStageTimings\x12\x11\n\tprefill_s\x18\x01 \x01(\x01\x12\x14\n\x0c\x66irst_step_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x04 \x01(\x01\"U\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +33,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1052
-  _globals['_FINISHREASON']._serialized_end=1147
+  _globals['_FINISHREASON']._serialized_start=1172
+  _globals['_FINISHREASON']._serialized_end=1267
   _globals['_SAMPLINGPARAMS']._serialized_start=51
-  _globals['_SAMPLINGPARAMS']._serialized_end=606
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=462
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=510
-  _globals['_GRAMMAR']._serialized_start=608
-  _globals['_GRAMMAR']._serialized_end=719
-  _globals['_TOKENLOGPROB']._serialized_start=721
-  _globals['_TOKENLOGPROB']._serialized_end=785
-  _globals['_LOGPROBS']._serialized_start=787
-  _globals['_LOGPROBS']._serialized_end=872
-  _globals['_STAGETIMINGS']._serialized_start=874
-  _globals['_STAGETIMINGS']._serialized_end=963
-  _globals['_KVLAYOUT']._serialized_start=965
-  _globals['_KVLAYOUT']._serialized_end=1050
+  _globals['_SAMPLINGPARAMS']._serialized_end=656
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=492
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=540
+  _globals['_GRAMMAR']._serialized_start=658
+  _globals['_GRAMMAR']._serialized_end=769
+  _globals['_TOKENLOGPROB']._serialized_start=771
+  _globals['_TOKENLOGPROB']._serialized_end=852
+  _globals['_LOGPROBS']._serialized_start=854
+  _globals['_LOGPROBS']._serialized_end=939
+  _globals['_SCOREDPROMPT']._serialized_start=941
+  _globals['_SCOREDPROMPT']._serialized_end=992
+  _globals['_STAGETIMINGS']._serialized_start=994
+  _globals['_STAGETIMINGS']._serialized_end=1083
+  _globals['_KVLAYOUT']._serialized_start=1085
+  _globals['_KVLAYOUT']._serialized_end=1170
 # @@protoc_insertion_point(module_scope)

@@ -41,14 +41,16 @@ class MoveLevel(_message.Message):
     def __init__(self, level: _Optional[int] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
-    __slots__ = ("admitted", "token", "finished")
+    __slots__ = ("admitted", "token", "finished", "scored_prompt")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    SCORED_PROMPT_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     token: DecodedToken
     finished: Decoded
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[DecodedToken, _Mapping]] = ..., finished: _Optional[_Union[Decoded, _Mapping]] = ...) -> None: ...
+    scored_prompt: _common_pb2.ScoredPrompt
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[DecodedToken, _Mapping]] = ..., finished: _Optional[_Union[Decoded, _Mapping]] = ..., scored_prompt: _Optional[_Union[_common_pb2.ScoredPrompt, _Mapping]] = ...) -> None: ...
 
 class Admitted(_message.Message):
     __slots__ = ("num_cached_tokens",)
