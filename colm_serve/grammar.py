@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +14,13 @@ MAX_SCHEMA_CHARS = 65_536
 #: Few characters of these can mean a large automaton.
 MAX_PATTERN_CHARS = 16_384
 MAX_CHOICES = 1_000
+#: Of a pattern with its counted repetitions written out: 2.4 million took 24 GB to compile.
+MAX_SYMBOLS = 20_000
+
+_REPETITION = r"\{(\d+)(?:,(\d*))?\}"
+_CLASS = r"\[(?:\\.|[^\]\\])*\]"
+_REGEX_SYMBOL = re.compile(rf"{_REPETITION}|\\.|{_CLASS}|.", re.DOTALL)
+_EBNF_SYMBOL = re.compile(rf'{_REPETITION}|"(?:\\.|[^"\\])*"|{_CLASS}|\S')
 
 
 class GrammarKind(Enum):
@@ -32,7 +40,7 @@ class Grammar:
         field: what errors call it; by default grammar.<kind>.
 
     Raises:
-        InvalidArgument: empty, too long, or a schema that is not JSON.
+        InvalidArgument: empty, too long, repeating too much, or a schema that is not JSON.
     """
 
     kind: GrammarKind
@@ -55,6 +63,8 @@ class Grammar:
         self._check_characters()
         if self.kind is GrammarKind.JSON_SCHEMA:
             self._check_schema()
+        else:
+            self._check_size()
 
     @classmethod
     def of_choices(cls, choices: Sequence[str], field: str = "") -> Grammar:
@@ -74,6 +84,11 @@ class Grammar:
         if "\0" in self.text:
             raise InvalidArgument(self.field, self.text, "text without NUL characters")
 
+    def _check_size(self) -> None:
+        if _num_symbols(self.text, self.kind) > MAX_SYMBOLS:
+            allowed = f"at most {MAX_SYMBOLS} symbols, counted repetitions written out"
+            raise InvalidArgument(self.field, self.text, allowed)
+
     def _check_schema(self) -> None:
         try:
             schema = json.loads(self.text)
@@ -81,6 +96,26 @@ class Grammar:
             raise InvalidArgument(self.field, self.text, f"a schema in JSON ({error})") from error
         if not isinstance(schema, dict | bool):
             raise InvalidArgument(self.field, schema, "a JSON object")
+
+
+def _num_symbols(text: str, kind: GrammarKind) -> int:
+    """Symbols of a pattern with its counted repetitions written out, or more."""
+    sizes, last = [0], 0  # of the groups that are open, of the last symbol or group in them
+    pattern = _EBNF_SYMBOL if kind is GrammarKind.EBNF else _REGEX_SYMBOL
+    for match in pattern.finditer(text):
+        symbol = match.group()
+        if symbol == "(":
+            sizes.append(0)
+            continue
+        if symbol == ")" and len(sizes) > 1:
+            last = sizes.pop()
+        elif match.group(1) is not None:
+            # What is there once already stands for the first time.
+            last *= max(1, int(match.group(2) or match.group(1))) - 1
+        else:
+            last = len(symbol) if symbol[0] == '"' else 1
+        sizes[-1] += last
+    return sum(sizes)
 
 
 def _quoted(text: str) -> str:

@@ -134,7 +134,7 @@ async def test_a_model_without_a_tokenizer_serves_all_else(tmp_path: Path) -> No
 
 
 async def test_what_compiles_too_long_is_refused_and_so_is_what_waits_for_it(folder: Path) -> None:
-    slow = Grammar(GrammarKind.REGEX, "|".join(f"([a-z]{{1,127}}{i}){{1,127}}" for i in range(150)))
+    slow = Grammar(GrammarKind.REGEX, "([a-z]{1,100}x){1,100}")
     queue = GrammarQueue(GrammarCompiler(folder, MODEL), timeout_s=0.02)
     try:
         results = await asyncio.gather(
