@@ -62,6 +62,10 @@ class Epilogue(enum.IntEnum):
     GELU = 3
 
 
+# As plain numbers, for compiled code.
+_STORE, _ADD, _SWIGLU = (int(e) for e in (Epilogue.STORE, Epilogue.ADD, Epilogue.SWIGLU))
+
+
 @dataclass(frozen=True)
 class Matrix:
     """Where one matrix stands in a `PackedLinear`, and what it connects."""
@@ -194,7 +198,7 @@ def multiply(linear, layer, x_TD, y_TO, first_rows, end_rows, num_threads):
 def _multiply(
     weights, scales, jobs, x_TD, y_TO, first_rows, end_rows, epilogue, num_threads
 ):  # fmt: skip
-    per_block = 16 if epilogue == 2 else 32
+    per_block = LANES if epilogue == _SWIGLU else BLOCK
     for thread in prange(num_threads):
         sums = np.empty(TILE_ROWS * BLOCK, np.float32)
         for job in range(len(jobs)):
@@ -224,13 +228,13 @@ def _finish(sums, y_TO, row, num_rows, column, width, epilogue):
     for i in range(num_rows):
         y = y_TO[row + i]
         first = i * BLOCK
-        if epilogue == 0:
+        if epilogue == _STORE:
             for j in range(width):
                 y[column + j] = sums[first + j]
-        elif epilogue == 1:
+        elif epilogue == _ADD:
             for j in range(width):
                 y[column + j] += sums[first + j]
-        elif epilogue == 2:
+        elif epilogue == _SWIGLU:
             for j in range(width):
                 gate = sums[first + j]
                 y[column + j] = gate * sigmoid(gate) * sums[first + LANES + j]

@@ -3,7 +3,7 @@
 A layer is norm; q, k and v of all chains; rotation and KV store; attention; output projection
 added to the residual; norm; both halves of the feed-forward, gated; its second matrix added
 (Figure 12). The weights that stream by leave nothing in a core's cache, an interpreter's objects
-included: returning to Python between kernels cost a small level a tenth of its step.
+included, so every return to Python between kernels begins with misses.
 
 Shapes: T rows (tokens), D model width, L layers, Q query heads, N kv heads, M heads of all kinds,
 H head dim, C slots of the pool.

@@ -108,6 +108,8 @@ class CpuLayers:
 class CpuModel:
     """The first `num_chains` chains of a CoLM, packed; implements `model.serving.ServingModel`.
 
+    Positions are those of the context's spans; the tensor that says them too is not read.
+
     Args:
         config: "air", or one chain.
         num_chains: how many it holds; default all.
