@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from colm_serve.kernels.packed_linear_cpu import Epilogue, Matrix, PackedLinear
-from colm_serve.kernels.paged_attention import attend
 from colm_serve.kernels.rms_norm_cpu import chain_rms_norm
 from colm_serve.kernels.transformer_cpu import (
     Batch,
@@ -206,8 +205,7 @@ class CpuModel:
         attend_rows(layers, layer, buffers, batch, kv)
         q_TMH, o_TQH = self._workspace.qkv_TMH, self._workspace.o_TQH
         for span, heads in context.rows.long:
-            k_SNH, v_SNH = context.pool.read(layer, span.table, 0, span.stop)
-            o_TQH[span.rows, :heads] = attend(q_TMH[span.rows, :heads], k_SNH, v_SNH)
+            o_TQH[span.rows, :heads] = context.attend_span(layer, span, q_TMH[span.rows, :heads])
         finish_layer(layers, layer, buffers, batch)
 
     def logits(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:

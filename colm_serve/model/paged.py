@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from colm_serve.kernels.paged_attention import attend
+from colm_serve.kernels.sparse_attention import SparseIndex, attend_sparse
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.config import ColmConfig
 
@@ -42,6 +44,13 @@ class Span:
     @property
     def stop(self) -> int:
         return self.start + self.num_rows
+
+
+class Sparsity(Protocol):
+    """Chooses which keys a long prompt's rows attend to."""
+
+    def index(self, layer: int, span: Span, q_TQH: Tensor, pool: KvPool) -> SparseIndex | None:
+        """Of a span whose keys stand in the pool; None attends to all."""
 
 
 class RowIndex:
@@ -88,13 +97,20 @@ class PagedContext:
         pool: KvPool,
         spans: Sequence[Span],
         on_layer: Callable[[int], None] | None = None,
+        sparsity: Sparsity | None = None,
     ) -> None:
-        """`on_layer` is called after a layer's keys and values stand in the pool."""
+        """An attention over the pages of `spans`.
+
+        Args:
+            on_layer: called after a layer's keys and values stand in the pool.
+            sparsity: which keys the spans attend to; default: all.
+        """
         assert config.kv_sharing == "air" or config.num_chains == 1, "paged serving needs Air"
         self.pool = pool
         self._num_heads = tuple(accumulate(config.heads_per_chain))
         self._spans = spans
         self.on_layer = on_layer
+        self.sparsity = sparsity
 
     @cached_property
     def rows(self) -> RowIndex:
@@ -114,7 +130,14 @@ class PagedContext:
     def attend(self, layer: int, q_TQH: Tensor, num_rows: Sequence[int]) -> Tensor:
         o_TQH = torch.zeros_like(q_TQH)
         for span in self._spans:
-            k_SNH, v_SNH = self.pool.read(layer, span.table, 0, span.stop)
             heads = self._num_heads[span.level - 1]
-            o_TQH[span.rows, :heads] = attend(q_TQH[span.rows, :heads], k_SNH, v_SNH)
+            o_TQH[span.rows, :heads] = self.attend_span(layer, span, q_TQH[span.rows, :heads])
         return o_TQH
+
+    def attend_span(self, layer: int, span: Span, q_TQH: Tensor) -> Tensor:
+        """Attend with the rows of one span, sparsely where the context says so."""
+        k_SNH, v_SNH = self.pool.read(layer, span.table, 0, span.stop)
+        index = self.sparsity and self.sparsity.index(layer, span, q_TQH, self.pool)
+        if index is None:
+            return attend(q_TQH, k_SNH, v_SNH)
+        return attend_sparse(q_TQH, k_SNH, v_SNH, index)
