@@ -137,7 +137,9 @@ class PagedContext:
     def attend_span(self, layer: int, span: Span, q_TQH: Tensor) -> Tensor:
         """Attend with the rows of one span, sparsely where the context says so."""
         k_SNH, v_SNH = self.pool.read(layer, span.table, 0, span.stop)
-        index = self.sparsity and self.sparsity.index(layer, span, q_TQH, self.pool)
+        index = None
+        if self.sparsity is not None:
+            index = self.sparsity.index(layer, span, q_TQH, self.pool)
         if index is None:
             return attend(q_TQH, k_SNH, v_SNH)
         return attend_sparse(q_TQH, k_SNH, v_SNH, index)
