@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from colm_serve.kv.pool import BlockTable, KvPool
-from colm_serve.model.paged import PagedContext, Span
+from colm_serve.model.paged import PagedContext, Span, Sparsity
 from colm_serve.model.serving import ServingModel
 
 
@@ -19,6 +19,7 @@ class PrefillChunk:
     tokens: Sequence[int]
     start: int
     table: BlockTable
+    num_prompt_tokens: int = 0
 
     @property
     def stop(self) -> int:
@@ -31,6 +32,7 @@ def run_prefill(
     pool: KvPool,
     chunks: Sequence[PrefillChunk],
     on_layer: Callable[[int], None] | None = None,
+    sparsity: Sparsity | None = None,
 ) -> None:
     """Write every layer's K and V of the chunks into the pool (paper 4.4).
 
@@ -38,13 +40,16 @@ def run_prefill(
         model: needs chain 1 only.
         on_layer: called with a layer's number once its K and V of all chunks are in the pool;
             what it raises ends the pass.
+        sparsity: which keys the chunks of prompts of a known length attend to; default: all.
     """
     spans = []
     first_row = 0
     for chunk in chunks:
-        spans.append(Span(chunk.table, first_row, len(chunk.tokens), chunk.start, level=1))
-        first_row += len(chunk.tokens)
+        num_rows, num_prompt_tokens = len(chunk.tokens), chunk.num_prompt_tokens
+        spans.append(Span(chunk.table, first_row, num_rows, chunk.start, 1, num_prompt_tokens))
+        first_row += num_rows
     device = model.device
     tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens], device=device)
     positions = torch.cat([torch.arange(c.start, c.stop, device=device) for c in chunks])
-    model.prefill(tokens, positions, PagedContext(model.config, pool, spans, on_layer))
+    context = PagedContext(model.config, pool, spans, on_layer, sparsity)
+    model.prefill(tokens, positions, context)

@@ -36,6 +36,7 @@ class Span:
     num_rows: int
     start: int  # position of the first of them
     level: int
+    num_prompt_tokens: int = 0  # of the whole prompt that they are a chunk of, if of one
 
     @property
     def rows(self) -> slice:

@@ -1,0 +1,50 @@
+"""A long prompt's sparse attention: each head's selector asked, its choice made an index.
+
+Shapes: T rows of a span, Q query heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from colm_serve.engine.sparse.head_keys import BlockGrid, build_index
+from colm_serve.engine.sparse.selectors import Dense, Selector
+from colm_serve.kernels.sparse_attention import SparseIndex
+from colm_serve.kv.pool import KvPool
+from colm_serve.model.paged import Span
+
+
+class SelectedSparsity:
+    """Chain 1's sparse attention; implements `model.paged.Sparsity`."""
+
+    def __init__(self, selectors: Sequence[Sequence[Selector]], min_tokens: int) -> None:
+        """For prompts of at least `min_tokens`; shorter ones attend to all.
+
+        Args:
+            selectors: those of each layer's chain-1 heads, in the order of the heads.
+        """
+        self._selectors = selectors
+        self._min_tokens = min_tokens
+
+    def index(self, layer: int, span: Span, q_TQH: Tensor, pool: KvPool) -> SparseIndex | None:
+        selectors = self._selectors[layer]
+        if span.num_prompt_tokens < self._min_tokens:
+            return None
+        if all(isinstance(selector, Dense) for selector in selectors):
+            return None
+        k_SNH, _ = pool.read(layer, span.table, 0, span.stop)
+        return select_keys(selectors, q_TQH, k_SNH, BlockGrid(span.start, span.stop))
+
+
+def select_keys(
+    selectors: Sequence[Selector], q_TQH: Tensor, k_SNH: Tensor, grid: BlockGrid
+) -> SparseIndex:
+    """Ask each head's selector; query head j reads kv head j % N (tile order)."""
+    num_kv_heads = k_SNH.shape[1]
+    heads = [
+        selector.select(q_TQH[:, head], k_SNH[:, head % num_kv_heads], grid)
+        for head, selector in enumerate(selectors)
+    ]
+    return build_index(grid, heads)
