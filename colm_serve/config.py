@@ -102,7 +102,11 @@ class DecodeConfig(WorkerConfig):
     local_prefill_tokens: int = Field(
         default=32, ge=0, description="a missing suffix up to this long is computed here"
     )
-    frame_timeout_s: Seconds = 10.0
+    frame_timeout_s: Seconds = Field(
+        default=10.0,
+        description="a prefill worker that sends nothing for so long is left; while it is busy "
+        "with other prompts it says so after each of its forward passes",
+    )
     weight_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
         description="how matrices are kept: auto is float32 on a CPU and bfloat16 on a GPU; the "

@@ -188,13 +188,17 @@ class MoveLevel:
 
 @dataclass(frozen=True)
 class PrefillRequest:
-    """What a decode worker asks of a prefill worker: KV of tokens [ship_from, len(tokens))."""
+    """What a decode worker asks of a prefill worker: KV of tokens [ship_from, len(tokens)).
+
+    `stream_id`, 64 random bits, ties the frames of the answer to this call.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
     ship_from: int
     kv_identity: str
     layout: KvLayout
+    stream_id: int
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,12 +16,14 @@ import grpc
 import grpc.aio
 
 from colm_serve.core import KvLayout, PrefillRequest
+from colm_serve.decode_worker.frame_writer import FrameWriter
 from colm_serve.decode_worker.sequence import Sequence
-from colm_serve.errors import DataLoss, DeadlineExceeded
-from colm_serve.kv.pool import BlockTable, KvPool
+from colm_serve.errors import ColmError, DataLoss, DeadlineExceeded
+from colm_serve.kv.pool import KvPool
 from colm_serve.proto.colm.v1 import prefill_pb2
-from colm_serve.transport import kv_frames, serde
+from colm_serve.transport import serde
 from colm_serve.transport.channel import ChannelCache
+from colm_serve.transport.kv_frames import EndFrame, Frame
 from colm_serve.transport.status import from_rpc_error
 
 logger = logging.getLogger(__name__)
@@ -31,61 +34,6 @@ PREFILL_METHOD = "/colm.v1.PrefillService/Prefill"
 def _as_is(message: bytes) -> bytes:
     """Spare the payload protobuf's copies: `transport.kv_frames` reads the message itself."""
     return message
-
-
-class FrameWriter:
-    """Checks a stream of KV frames and writes it into the pages of one sequence.
-
-    Frames of a layer must follow one another without a gap; layers may be at different tokens.
-    """
-
-    def __init__(
-        self, pool: KvPool, table: BlockTable, layout: KvLayout, start: int, stop: int
-    ) -> None:
-        self._pool = pool
-        self._table = table
-        self._stop = stop
-        self._next = [start] * layout.num_layers
-        self._num_frames = 0
-
-    @property
-    def num_complete(self) -> int:
-        """Tokens [0, this) have their keys and values in every layer."""
-        return min(self._next)
-
-    def accept(self, message: bytes) -> bool:
-        """Take one message; True when it ends the stream with everything there.
-
-        Raises:
-            DataLoss: damaged, out of order, of the wrong size, or ended too early.
-        """
-        frame = kv_frames.decode(message, self._num_frames)
-        if isinstance(frame, kv_frames.EndFrame):
-            if frame.num_frames != self._num_frames or self.num_complete != self._stop:
-                raise DataLoss(
-                    f"KV stream ended with {self.num_complete} of {self._stop} tokens complete"
-                )
-            return True
-        self._check(frame)
-        payload = memoryview(frame.payload)
-        self._pool.write_bytes(frame.layer, self._table, frame.start, frame.num_tokens, payload)
-        self._next[frame.layer] += frame.num_tokens
-        self._num_frames += 1
-        return False
-
-    def _check(self, frame: kv_frames.KvFrame) -> None:
-        if not 0 <= frame.layer < len(self._next):
-            raise DataLoss(f"KV frame of layer {frame.layer}; there are {len(self._next)} layers")
-        expected = self._next[frame.layer]
-        if frame.start != expected or not 0 < frame.num_tokens <= self._stop - expected:
-            raise DataLoss(
-                f"KV frame of tokens [{frame.start}, {frame.start + frame.num_tokens}) in layer "
-                f"{frame.layer}; expected from {expected}, up to {self._stop}"
-            )
-        num_bytes = memoryview(frame.payload).nbytes
-        wanted = frame.num_tokens * self._pool.num_bytes_per_token
-        if num_bytes != wanted:
-            raise DataLoss(f"KV frame payload of {num_bytes} bytes; expected {wanted}")
 
 
 class PromptFetcher:
@@ -121,7 +69,7 @@ class PromptFetcher:
                 return
             try:
                 await self._fetch_from(address, sequence)
-            except (grpc.aio.AioRpcError, DataLoss, DeadlineExceeded) as error:
+            except (grpc.aio.AioRpcError, ColmError) as error:
                 cause = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
                 logger.warning(
                     "request %s: prefill worker %s failed with %d tokens missing: %s",
@@ -135,14 +83,9 @@ class PromptFetcher:
             ship_from=sequence.num_computed,
             kv_identity=self._kv_identity,
             layout=self._layout,
+            stream_id=secrets.randbits(64),
         )
-        writer = FrameWriter(
-            self._pool,
-            self._pool.table(sequence.pages),
-            self._layout,
-            sequence.num_computed,
-            sequence.num_prefill,
-        )
+        writer = FrameWriter(self._pool, self._pool.table(sequence.pages), request)
         channel = await self._channels.get(address)
         prefill = channel.unary_stream(
             PREFILL_METHOD,
@@ -168,10 +111,10 @@ class PromptFetcher:
                 raise DeadlineExceeded(f"no KV frame for {self._frame_timeout_s} s") from error
             if not isinstance(message, bytes):
                 raise DataLoss("KV stream ended without its end frame")
-            if await self._write(writer, message):
+            if isinstance(await self._write(writer, message), EndFrame):
                 return
 
-    async def _write(self, writer: FrameWriter, message: bytes) -> bool:
+    async def _write(self, writer: FrameWriter, message: bytes) -> Frame:
         loop = asyncio.get_running_loop()
         writing = loop.run_in_executor(self._writers, writer.accept, message)
         try:

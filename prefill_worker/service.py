@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from functools import partial
 
 import grpc
 import grpc.aio
@@ -14,19 +14,18 @@ import grpc.aio
 from colm_serve.config import PrefillConfig, TlsConfig
 from colm_serve.core import PrefillRequest
 from colm_serve.errors import ColmError, DeadlineExceeded
-from colm_serve.prefill_worker.scheduler import PrefillJob
-from colm_serve.prefill_worker.worker import LayerDone, PrefillWorker, PromptDone
+from colm_serve.prefill_worker.frame_packer import FramePacker
+from colm_serve.prefill_worker.worker import JobNews, PrefillWorker, PromptDone, TurnDone
 from colm_serve.proto.colm.v1 import prefill_pb2
-from colm_serve.transport import kv_frames, serde
+from colm_serve.transport import serde
 from colm_serve.transport.channel import bind, make_server
 from colm_serve.transport.health import add_health
 from colm_serve.transport.status import abort
 
-#: About this many payload bytes a message is where gRPC moves them fastest.
-FRAME_BYTES = 1024 * 1024
+#: Who waits is told that the worker makes progress, but no more often than this.
+WAIT_INTERVAL_S = 0.5
 
 _Context = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, bytes]
-_Progress = LayerDone | PromptDone | ColmError
 
 
 class PrefillService:
@@ -101,29 +100,22 @@ class PrefillService:
 
     async def _frames(self, request: PrefillRequest) -> AsyncGenerator[bytes]:
         loop = asyncio.get_running_loop()
-        progress: asyncio.Queue[_Progress] = asyncio.Queue()
+        news: asyncio.Queue[JobNews] = asyncio.Queue()
         job = self._worker.submit(
-            request, lambda item: loop.call_soon_threadsafe(progress.put_nowait, item)
+            request, lambda item: loop.call_soon_threadsafe(news.put_nowait, item)
         )
         try:
-            sequence = 0
-            while not isinstance(item := await progress.get(), PromptDone):
+            packer = FramePacker(self._worker, job)
+            item: JobNews | None = None
+            sent = -math.inf
+            while not isinstance(item, PromptDone):
+                item = await news.get()
                 if isinstance(item, ColmError):
                     raise item
-                for start, stop in self._split(item):
-                    pack = partial(self._pack, job, sequence, item.layer, start, stop)
+                if isinstance(item, TurnDone) and loop.time() < sent + WAIT_INTERVAL_S:
+                    continue
+                for pack in packer.packs(item):
                     yield await loop.run_in_executor(self._packer, pack)
-                    sequence += 1
-            yield kv_frames.encode_end(sequence, sequence, item.compute_s)
+                    sent = loop.time()
         finally:
             self._worker.finish(job)
-
-    def _split(self, done: LayerDone) -> list[tuple[int, int]]:
-        step = max(1, FRAME_BYTES // self._worker.pool.num_bytes_per_token)
-        return [
-            (start, min(start + step, done.stop)) for start in range(done.start, done.stop, step)
-        ]
-
-    def _pack(self, job: PrefillJob, sequence: int, layer: int, start: int, stop: int) -> bytes:
-        parts = self._worker.pool.read_bytes(layer, self._worker.table(job), start, stop)
-        return kv_frames.encode_kv(sequence, layer, start, stop - start, parts)

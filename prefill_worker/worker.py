@@ -24,12 +24,24 @@ from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, Sc
 
 
 @dataclass(frozen=True)
+class Accepted:
+    """The job is queued behind `num_queued_tokens` of others; the worker makes `tokens_per_s`."""
+
+    num_queued_tokens: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
 class LayerDone:
     """K and V of tokens [start, stop) stand in the job's pages for one layer."""
 
     layer: int
     start: int
     stop: int
+
+
+class TurnDone:
+    """A forward pass has been computed that made nothing to send for this job."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,18 @@ class PromptDone:
     compute_s: float
 
 
-#: Called on the compute thread with what became of a job; must not block.
-JobSink = Callable[[LayerDone | PromptDone | ColmError], object]
+JobNews = Accepted | LayerDone | TurnDone | PromptDone | ColmError
+#: Called with what became of a job, mostly on the compute thread; must not block.
+JobSink = Callable[[JobNews], object]
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Who hears of a job, and since when."""
+
+    job: PrefillJob
+    sink: JobSink
+    begin: float
 
 
 class _Abandoned(Exception):
@@ -56,9 +78,9 @@ class PrefillWorker:
         self.layout: KvLayout = kv_layout(loaded)
         self.pool = make_pool(loaded, config.num_pages, config.page_size)
         self._model = loaded.model
-        self._kv_identity = loaded.kv_identity
+        self.kv_identity = loaded.kv_identity
+        self.epoch = epoch
         self._worker_id = worker_id
-        self._epoch = epoch
         self._ledger = PageLedger(config.num_pages)
         self._scheduler = PrefillScheduler(
             self._ledger,
@@ -66,7 +88,7 @@ class PrefillWorker:
             chunk_tokens=config.chunk_tokens,
             max_queued=config.max_queued,
         )
-        self._sinks: dict[int, tuple[JobSink, float]] = {}
+        self._watches: dict[int, _Watch] = {}
         self._tokens_per_s = 0.0
         self._num_computed_tokens = 0
         self._compute = ComputeThread(
@@ -100,15 +122,17 @@ class PrefillWorker:
         self._check(request)
         with self._compute.lock:
             self._compute.check_accepting()
+            num_queued_tokens = self._scheduler.num_queued_tokens
             job = self._scheduler.submit(request)
-            self._sinks[id(job)] = (sink, time.perf_counter())
+            self._watches[id(job)] = _Watch(job, sink, time.perf_counter())
+            sink(Accepted(num_queued_tokens, self._tokens_per_s))
             self._compute.lock.notify()
             return job
 
     def finish(self, job: PrefillJob) -> None:
         """Forget a job, sent or cancelled; its pages are free within one pass."""
         with self._compute.lock:
-            self._sinks.pop(id(job), None)
+            self._watches.pop(id(job), None)
             self._scheduler.finish(job)
             self._compute.lock.notify()
 
@@ -123,8 +147,8 @@ class PrefillWorker:
         with self._compute.lock:
             return PrefillStatus(
                 worker_id=self._worker_id,
-                epoch=self._epoch,
-                kv_identity=self._kv_identity,
+                epoch=self.epoch,
+                kv_identity=self.kv_identity,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 num_queued_tokens=self._scheduler.num_queued_tokens,
@@ -139,10 +163,10 @@ class PrefillWorker:
             self._scheduler.check_integrity()
 
     def _check(self, request: PrefillRequest) -> None:
-        if request.kv_identity != self._kv_identity:
+        if request.kv_identity != self.kv_identity:
             raise Incompatible(
                 f"kv_identity: the caller has {request.kv_identity!r}, {self._worker_id} serves "
-                f"{self._kv_identity!r}: their chain-1 weights differ"
+                f"{self.kv_identity!r}: their chain-1 weights differ"
             )
         if request.layout != self.layout:
             raise Incompatible(f"layout: the caller has {request.layout}, here is {self.layout}")
@@ -183,9 +207,9 @@ class PrefillWorker:
             for chunk in chunks:
                 start, stop = chunk.job.num_computed, chunk.job.num_computed + chunk.num_tokens
                 start = max(start, chunk.job.request.ship_from)
-                entry = self._sinks.get(id(chunk.job))
-                if entry is not None and start < stop:
-                    entry[0](LayerDone(layer, start, stop))
+                watch = self._watches.get(id(chunk.job))
+                if watch is not None and start < stop:
+                    watch.sink(LayerDone(layer, start, stop))
 
     def _measure(self, num_tokens: int, seconds: float) -> None:
         speed = num_tokens / seconds
@@ -197,12 +221,15 @@ class PrefillWorker:
     def _complete(self, chunks: tuple[ScheduledChunk, ...]) -> None:
         with self._compute.lock:
             self._scheduler.complete_pass()
-            for chunk in chunks:
-                entry = self._sinks.get(id(chunk.job))
-                if entry is not None and chunk.job.num_left == 0:
-                    sink, begin = entry
-                    sink(PromptDone(time.perf_counter() - begin))
+            computed = {id(chunk.job) for chunk in chunks}
+            for key, watch in self._watches.items():
+                job, is_computed = watch.job, key in computed
+                if job.num_left == 0:
+                    if is_computed:
+                        watch.sink(PromptDone(time.perf_counter() - watch.begin))
+                elif not is_computed or job.num_computed <= job.request.ship_from:
+                    watch.sink(TurnDone())
 
     def _fail_all(self, error: Unavailable) -> None:
-        for sink, _ in self._sinks.values():
-            sink(error)
+        for watch in self._watches.values():
+            watch.sink(error)

@@ -35,6 +35,8 @@ from colm_serve.transport.channel import connect
 from colm_serve.transport.status import from_rpc_error
 from tests.helpers import GREEDY
 
+STREAM_ID = 0x0123456789ABCDEF
+
 
 async def eventually(
     condition: Callable[[], bool | Awaitable[bool]], what: str, timeout_s: float = 20.0
@@ -174,6 +176,28 @@ class DecodeClient:
         )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The frames of one Prefill call, each KV frame with its payload."""
+
+    opening: kv_frames.OpenFrame
+    kv: list[tuple[kv_frames.KvFrame, memoryview]]
+    num_waits: int
+    end: kv_frames.EndFrame
+
+    @classmethod
+    def read(cls, messages: list[bytes]) -> Answer:
+        (opening, _), *between, (end, _) = (
+            kv_frames.decode(message, STREAM_ID, i) for i, message in enumerate(messages)
+        )
+        assert isinstance(opening, kv_frames.OpenFrame)
+        assert isinstance(end, kv_frames.EndFrame)
+        kv = [(frame, data) for frame, data in between if isinstance(frame, kv_frames.KvFrame)]
+        waits = [frame for frame, _ in between if isinstance(frame, kv_frames.WaitFrame)]
+        assert len(kv) + len(waits) == len(between), "an opening or end amid the stream"
+        return cls(opening, kv, len(waits), end)
+
+
 class PrefillClient:
     """Calls one prefill worker."""
 
@@ -195,7 +219,9 @@ class PrefillClient:
         self.layout = layout
 
     def request(self, tokens: tuple[int, ...], ship_from: int = 0) -> PrefillRequest:
-        return PrefillRequest("a request", tokens, ship_from, self.kv_identity, self.layout)
+        return PrefillRequest(
+            "a request", tokens, ship_from, self.kv_identity, self.layout, stream_id=STREAM_ID
+        )
 
     def open(self, request: PrefillRequest) -> grpc.aio.UnaryStreamCall[Any, bytes]:
         return self._prefill(serde.prefill_request_to_proto(request))
@@ -207,15 +233,8 @@ class PrefillClient:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 
-    async def frames(
-        self, request: PrefillRequest
-    ) -> tuple[list[kv_frames.KvFrame], kv_frames.EndFrame]:
-        frames = [kv_frames.decode(m, i) for i, m in enumerate(await self.messages(request))]
-        end = frames.pop()
-        assert isinstance(end, kv_frames.EndFrame), "the last frame ends the stream"
-        kv = [frame for frame in frames if isinstance(frame, kv_frames.KvFrame)]
-        assert len(kv) == len(frames), "an end frame came before the end"
-        return kv, end
+    async def frames(self, request: PrefillRequest) -> Answer:
+        return Answer.read(await self.messages(request))
 
     async def status(self) -> PrefillStatus:
         message = await self._status(prefill_pb2.PrefillStatusRequest(), timeout=10)

@@ -1,136 +1,159 @@
-"""KV frames: a msgpack header and a raw payload, in the bytes of the KvFrame message.
+"""KV frames: a msgpack header, a raw payload and a digest of both, as the KvFrame message.
 
-The message is written and read by hand (tag, length, header; tag, length, payload): equal byte
-for byte to what protobuf would make, without its copies of the payload.
+The message is written and read by hand (tag, length, header; tag, length, payload; tag, digest):
+equal byte for byte to what protobuf would make, without its copies of the payload.
 
-A stream is the frames of every layer of each chunk of tokens, in order, then one end frame.
+A stream is an opening frame, at once; the frames of every layer of each chunk of tokens, in
+order, with wait frames where the worker is busy otherwise; and an end frame. The digest is
+seeded with the stream's id, which the receiver chose: frames of other streams do not match.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
 
 import msgpack
 import xxhash
 
+from colm_serve.core import KvLayout
 from colm_serve.errors import DataLoss
 
 _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PAYLOAD_TAG = 0x12  # field 2, length-delimited
-
-_KV_KINDS = {"seq": int, "layer": int, "start": int, "tokens": int, "codec": str, "xxh3": int}
-_END_KINDS = {"seq": int, "frames": int, "compute_s": float, "xxh3": int}
+_DIGEST_TAG = 0x19  # field 3, 64 bits
+_DIGEST_BYTES = 8
 
 Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
-class KvFrame:
-    """K and V of tokens [start, start + num_tokens) in one layer.
+class OpenFrame:
+    """Who answers, what it will send, and how much work stands before it; always frame 0.
 
-    `payload` is K then V, each [num_tokens, num_kv_heads, head_dim], little endian.
+    `num_cached_tokens` of the prompt need no compute, `num_queued_tokens` of other prompts come
+    first, and `tokens_per_s` is the worker's measured speed, 0 if unknown.
+    """
+
+    sequence: int
+    epoch: int
+    kv_identity: str
+    layout: KvLayout
+    codec: str
+    path: str
+    num_cached_tokens: int
+    num_queued_tokens: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class KvFrame:
+    """K and V of tokens [start, start + num_tokens) in one layer: the payload.
+
+    It is K then V, each [num_tokens, num_kv_heads, head_dim], little endian.
     """
 
     sequence: int
     layer: int
     start: int
     num_tokens: int
-    payload: Buffer
+
+
+@dataclass(frozen=True)
+class WaitFrame:
+    """Nothing to send yet, but the worker has computed something since the last frame."""
+
+    sequence: int
 
 
 @dataclass(frozen=True)
 class EndFrame:
-    """Everything was sent: `num_frames` frames came before this one."""
+    """Everything was sent."""
 
     sequence: int
-    num_frames: int
     compute_s: float
 
 
-def encode_kv(
-    sequence: int, layer: int, start: int, num_tokens: int, parts: Sequence[Buffer]
-) -> bytes:
-    """The wire bytes of a KV frame whose payload is `parts` one after another."""
-    header = msgpack.packb(
-        {
-            "seq": sequence,
-            "layer": layer,
-            "start": start,
-            "tokens": num_tokens,
-            "codec": "raw",
-            "xxh3": _digest((sequence, layer, start, num_tokens), parts),
-        }
-    )
-    return _encode(header, parts)
+Frame = OpenFrame | KvFrame | WaitFrame | EndFrame
+_KINDS: dict[str, type[Frame]] = {
+    "open": OpenFrame,
+    "kv": KvFrame,
+    "wait": WaitFrame,
+    "end": EndFrame,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+_FIELDS: dict[type[Any], dict[str, type]] = {
+    kind: get_type_hints(kind) for kind in (*_KINDS.values(), KvLayout)
+}
 
 
-def encode_end(sequence: int, num_frames: int, compute_s: float) -> bytes:
-    """The wire bytes of the frame that ends a stream."""
-    header = msgpack.packb(
-        {
-            "seq": sequence,
-            "end": True,
-            "frames": num_frames,
-            "compute_s": compute_s,
-            "xxh3": _digest((sequence, num_frames, compute_s), ()),
-        }
-    )
-    return _encode(header, ())
+def encode(frame: Frame, stream_id: int, parts: Sequence[Buffer] = ()) -> bytes:
+    """The wire bytes of a frame whose payload is `parts` one after another."""
+    header = msgpack.packb({"kind": _NAMES[type(frame)], **asdict(frame)})
+    prefix = bytes([_HEADER_TAG]) + _varint(len(header)) + header
+    size = sum(memoryview(part).nbytes for part in parts)
+    if size:
+        prefix += bytes([_PAYLOAD_TAG]) + _varint(size)
+    digest = _digest(stream_id, (header, *parts))
+    return b"".join((prefix, *parts, bytes([_DIGEST_TAG]), digest))
 
 
-def decode(message: bytes, expected_sequence: int) -> KvFrame | EndFrame:
-    """Read one message; the payload is a view into it.
+def decode(message: bytes, stream_id: int, sequence: int) -> tuple[Frame, memoryview]:
+    """Read the message that is to be frame `sequence`; the payload is a view into it.
 
     Raises:
-        DataLoss: not a frame, out of order, or not what its digest was made of.
+        DataLoss: damaged, not a frame, of another stream, or out of order.
     """
-    header_bytes, payload = _split(memoryview(message))
-    frame, digest = _read_header(header_bytes, payload, expected_sequence)
-    if frame.sequence != expected_sequence:
-        raise DataLoss(f"KV frame {expected_sequence}: got frame {frame.sequence} in its place")
-    if isinstance(frame, EndFrame):
-        values: tuple[int | float, ...] = (frame.sequence, frame.num_frames, frame.compute_s)
-    else:
-        values = (frame.sequence, frame.layer, frame.start, frame.num_tokens)
-    if digest != _digest(values, (payload,)):
-        raise DataLoss(f"KV frame {frame.sequence}: it does not match its digest")
+    try:
+        header, payload, digest = _split(memoryview(message))
+        if digest != _digest(stream_id, (header, payload)):
+            raise ValueError("damaged or of another stream: it does not match its digest")
+        frame = _read_header(header)
+    except ValueError as error:
+        raise DataLoss(f"KV frame {sequence}: {error}") from error
+    if frame.sequence != sequence:
+        raise DataLoss(f"KV frame {sequence}: got frame {frame.sequence} in its place")
+    return frame, payload
+
+
+def _read_header(header: memoryview) -> Frame:
+    try:
+        values = msgpack.unpackb(header)
+    except ValueError as error:
+        raise ValueError(f"unreadable header: {error!r}") from error
+    if not isinstance(values, dict) or values.get("kind") not in _NAMES.values():
+        raise ValueError("header of no known kind of frame")
+    frame: Frame = _typed(_KINDS[values.pop("kind")], values)
     return frame
 
 
-def _read_header(
-    header_bytes: memoryview, payload: memoryview, expected_sequence: int
-) -> tuple[KvFrame | EndFrame, int]:
-    try:
-        header = msgpack.unpackb(header_bytes)
-        kinds = _END_KINDS if header.get("end") else _KV_KINDS
-        for key, kind in kinds.items():
-            if type(header[key]) is not kind:
-                raise TypeError(f"{key} is {header[key]!r}, not of type {kind.__name__}")
-        sequence, digest = header["seq"], header["xxh3"]
-        if header.get("end"):
-            return EndFrame(sequence, header["frames"], header["compute_s"]), digest
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataLoss(f"KV frame {expected_sequence}: unreadable header: {error!r}") from error
-    if header["codec"] != "raw":
-        raise DataLoss(f"KV frame {sequence}: unknown codec {header['codec']!r}")
-    return KvFrame(sequence, header["layer"], header["start"], header["tokens"], payload), digest
+def _typed(kind: type[Any], values: object) -> Any:
+    """A dataclass of strings, counts, amounts and such dataclasses, from a dict."""
+    kinds = _FIELDS[kind]
+    if not isinstance(values, dict) or values.keys() != kinds.keys():
+        raise ValueError(f"header without exactly {', '.join(kinds)}")
+    return kind(**{name: _field(name, kinds[name], value) for name, value in values.items()})
 
 
-def _digest(values: tuple[int | float, ...], parts: Sequence[Buffer]) -> int:
-    """Of the payload and of what the header says about it: neither can change unseen."""
-    digest = xxhash.xxh3_64(repr(values).encode())
+def _field(name: str, kind: type, value: object) -> Any:
+    if kind in _FIELDS:
+        return _typed(kind, value)
+    if type(value) is not kind:
+        raise ValueError(f"header: {name} is of type {type(value).__name__}, not {kind.__name__}")
+    # Written so that NaN fails too.
+    if isinstance(value, int | float) and not 0 <= value < math.inf:
+        raise ValueError(f"header: {name} is {value}")
+    return value
+
+
+def _digest(stream_id: int, parts: Sequence[Buffer]) -> bytes:
+    digest = xxhash.xxh3_64(seed=stream_id)
     for part in parts:
         digest.update(part)
-    return digest.intdigest()
-
-
-def _encode(header: bytes, parts: Sequence[Buffer]) -> bytes:
-    size = sum(memoryview(part).nbytes for part in parts)
-    prefix = bytes([_HEADER_TAG]) + _varint(len(header)) + header
-    if size:
-        prefix += bytes([_PAYLOAD_TAG]) + _varint(size)
-    return b"".join((prefix, *parts))
+    # Protobuf is little endian, xxhash's digest big endian.
+    return bytes(digest.digest()[::-1])
 
 
 def _varint(value: int) -> bytes:
@@ -142,20 +165,24 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _split(message: memoryview) -> tuple[memoryview, memoryview]:
-    """Header and payload of a KvFrame message; fields it does not know are refused."""
-    fields = {_HEADER_TAG: memoryview(b""), _PAYLOAD_TAG: memoryview(b"")}
+def _split(message: memoryview) -> tuple[memoryview, memoryview, memoryview]:
+    """Header, payload and digest of a KvFrame message; fields it does not know are refused."""
+    nothing = memoryview(b"")
+    fields = {_HEADER_TAG: nothing, _PAYLOAD_TAG: nothing, _DIGEST_TAG: nothing}
     at = 0
     while at < len(message):
         tag = message[at]
         if tag not in fields:
-            raise DataLoss(f"KV frame: unknown field tag {tag} at byte {at}")
-        length, at = _read_varint(message, at + 1)
+            raise ValueError(f"unknown field tag {tag} at byte {at}")
+        if tag == _DIGEST_TAG:
+            length, at = _DIGEST_BYTES, at + 1
+        else:
+            length, at = _read_varint(message, at + 1)
         if at + length > len(message):
-            raise DataLoss(f"KV frame: truncated: {len(message)} bytes of {at + length}")
+            raise ValueError(f"truncated: {len(message)} bytes of {at + length}")
         fields[tag] = message[at : at + length]
         at += length
-    return fields[_HEADER_TAG], fields[_PAYLOAD_TAG]
+    return fields[_HEADER_TAG], fields[_PAYLOAD_TAG], fields[_DIGEST_TAG]
 
 
 def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
@@ -167,4 +194,4 @@ def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise DataLoss("KV frame: truncated length")
+    raise ValueError("truncated length")

@@ -355,17 +355,17 @@ async def test_a_damaged_kv_stream_is_dropped_and_the_text_stays_right(
 ) -> None:
     """What came before the damage is kept; the rest is computed here."""
     prompt = make_prompt(200)
-    honest = kv_frames.encode_kv
+    honest = kv_frames.encode
     num_damaged = []
 
-    def damage(sequence: int, layer: int, start: int, num_tokens: int, parts: Any) -> bytes:
-        message = honest(sequence, layer, start, num_tokens, parts)
-        if sequence != 5:
+    def damage(frame: kv_frames.Frame, stream_id: int, parts: Any = ()) -> bytes:
+        message = honest(frame, stream_id, parts)
+        if frame.sequence != 6:
             return message
         num_damaged.append(1)
-        return message[:-1] + bytes([message[-1] ^ 1])
+        return message[:-20] + bytes([message[-20] ^ 1]) + message[-19:]
 
-    monkeypatch.setattr(kv_frames, "encode_kv", damage)
+    monkeypatch.setattr(kv_frames, "encode", damage)
     async with cluster(folder, prefill={"chunk_tokens": 64}) as c:
         got = await c.decode.generate(prompt, 3, GREEDY, c.prefill)
     assert num_damaged

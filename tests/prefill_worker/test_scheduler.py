@@ -25,7 +25,7 @@ PAGE_SIZE = 4
 
 
 def make_request(num_tokens: int) -> PrefillRequest:
-    return PrefillRequest("r", (0,) * num_tokens, 0, "weights", LAYOUT)
+    return PrefillRequest("r", (0,) * num_tokens, 0, "weights", LAYOUT, stream_id=0)
 
 
 def make_scheduler(

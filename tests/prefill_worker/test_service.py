@@ -31,7 +31,7 @@ from colm_serve.transport import kv_frames
 from colm_serve.transport.status import RETRY_AFTER_KEY, from_rpc_error
 from tests.engine.paged import kv_of_whole_model
 from tests.helpers import TINY, make_model_folder, make_prompt, prefill_service
-from tests.worker_clients import PrefillClient, eventually, prefill_client
+from tests.worker_clients import STREAM_ID, Answer, PrefillClient, eventually, prefill_client
 
 
 @asynccontextmanager
@@ -45,13 +45,11 @@ async def serving(
             yield client, worker
 
 
-def assemble(frames: list[kv_frames.KvFrame], layout: KvLayout, num_tokens: int) -> KvPool:
+def assemble(answer: Answer, layout: KvLayout, num_tokens: int) -> KvPool:
     """Put frames into a pool of one page."""
     pool = KvPool(layout, 1, num_tokens)
-    for frame in frames:
-        pool.write_bytes(
-            frame.layer, pool.table([0]), frame.start, frame.num_tokens, memoryview(frame.payload)
-        )
+    for frame, payload in answer.kv:
+        pool.write_bytes(frame.layer, pool.table([0]), frame.start, frame.num_tokens, payload)
     return pool
 
 
@@ -62,21 +60,76 @@ async def test_frames_hold_every_layers_kv_from_ship_from_on(
 ) -> None:
     prompt = make_prompt(30)
     async with serving(folder, chunk_tokens=chunk_tokens) as (client, worker):
-        frames, end = await client.frames(client.request(prompt, ship_from))
+        answer = await client.frames(client.request(prompt, ship_from))
         await eventually(client.is_idle, "pages come back once everything is sent")
         assert worker.num_computed_tokens == 30
-    assert end.num_frames == len(frames)
-    assert end.compute_s > 0
+    assert answer.end.compute_s > 0
     for layer in range(TINY.num_layers):
-        spans = [(f.start, f.start + f.num_tokens) for f in frames if f.layer == layer]
+        spans = [(f.start, f.start + f.num_tokens) for f, _ in answer.kv if f.layer == layer]
         assert spans[0][0] == ship_from
         assert spans[-1][1] == 30
         assert all(left[1] == right[0] for left, right in pairwise(spans))
-    pool = assemble(frames, client.layout, 30)
+    pool = assemble(answer, client.layout, 30)
     for layer, (k, v) in kv_of_whole_model(folder, prompt, level=3).items():
         k_read, v_read = pool.read(layer, pool.table([0]), ship_from, 30)
         torch.testing.assert_close(k_read, k[ship_from:], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(v_read, v[ship_from:], rtol=1e-4, atol=1e-5)
+
+
+async def test_the_opening_comes_before_any_compute(folder: Path) -> None:
+    """Also to who waits for pages, and with what there is to do before."""
+    gate = threading.Event()
+    async with serving(folder, before_block=gate.wait, kv_tokens=32) as (client, worker):
+        calls, openings = [], []
+        for num_tokens in (30, 20):
+            calls.append(client.open(client.request(make_prompt(num_tokens))))
+            openings.append(await read_frame(calls[-1], 0))
+        assert not gate.is_set()
+        gate.set()
+        for call in calls:
+            await read_all(call)
+        await eventually(client.is_idle, "it is done with them")
+        speed = worker.status().tokens_per_s
+        later = (await client.frames(client.request(make_prompt(20)))).opening
+    expected = kv_frames.OpenFrame(
+        sequence=0,
+        epoch=1,
+        kv_identity=client.kv_identity,
+        layout=client.layout,
+        codec="raw",
+        path="message",
+        num_cached_tokens=0,
+        num_queued_tokens=0,
+        tokens_per_s=0.0,
+    )
+    assert openings == [expected, replace(expected, num_queued_tokens=30)]
+    assert later == replace(expected, tokens_per_s=speed)
+    assert speed > 0
+
+
+async def test_who_waits_hears_that_the_worker_makes_progress(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For pages, or for a prefix that is computed but not asked for."""
+    monkeypatch.setattr("colm_serve.prefill_worker.service.WAIT_INTERVAL_S", 0.0)
+    gate = threading.Event()
+    async with serving(folder, before_block=gate.wait, kv_tokens=64, chunk_tokens=16) as (
+        client,
+        _,
+    ):
+        first = asyncio.create_task(client.frames(client.request(make_prompt(64))))
+        await eventually(lambda: _has(client, num_running=1, num_waiting=0), "it runs")
+        second = asyncio.create_task(client.frames(client.request(make_prompt(64), ship_from=40)))
+        await eventually(lambda: _has(client, num_running=1, num_waiting=1), "it waits")
+        gate.set()
+        assert (await first).num_waits == 0
+        assert (await second).num_waits >= 2 + 2, "of 4 passes for the first, 2 for its prefix"
+
+
+async def test_signs_of_progress_are_few(folder: Path) -> None:
+    async with serving(folder, chunk_tokens=16) as (client, _):
+        answer = await client.frames(client.request(make_prompt(1600), ship_from=1599))
+    assert answer.num_waits < 50, "one for each of 100 passes"
 
 
 async def test_layers_are_sent_while_later_ones_are_computed(folder: Path) -> None:
@@ -91,9 +144,8 @@ async def test_layers_are_sent_while_later_ones_are_computed(folder: Path) -> No
 
     async with serving(folder, before_block=hold_second_block) as (client, _):
         call = client.open(client.request(make_prompt(20)))
-        first = await call.read()
-        assert isinstance(first, bytes)
-        frame = kv_frames.decode(first, 0)
+        await read_frame(call, 0)
+        frame = await read_frame(call, 1)
         assert isinstance(frame, kv_frames.KvFrame)
         assert (frame.layer, frame.num_tokens) == (0, 20)
         assert not gate.is_set()
@@ -104,8 +156,8 @@ async def test_layers_are_sent_while_later_ones_are_computed(folder: Path) -> No
 async def test_the_last_layer_stops_after_keys_and_values(folder: Path) -> None:
     num_blocks = []
     async with serving(folder, before_block=lambda: num_blocks.append(1)) as (client, _):
-        frames, _ = await client.frames(client.request(make_prompt(10)))
-    assert {frame.layer for frame in frames} == set(range(TINY.num_layers))
+        answer = await client.frames(client.request(make_prompt(10)))
+    assert {frame.layer for frame, _ in answer.kv} == set(range(TINY.num_layers))
     assert len(num_blocks) == TINY.num_layers - 1, "the last block's attention was computed"
 
 
@@ -114,9 +166,9 @@ async def test_large_layers_are_sent_in_several_frames(
 ) -> None:
     async with serving(folder) as (client, worker):
         per_frame = 8 * worker.pool.num_bytes_per_token
-        monkeypatch.setattr("colm_serve.prefill_worker.service.FRAME_BYTES", per_frame)
-        frames, _ = await client.frames(client.request(make_prompt(20)))
-    assert [f.num_tokens for f in frames] == [8, 8, 4] * TINY.num_layers
+        monkeypatch.setattr("colm_serve.prefill_worker.frame_packer.FRAME_BYTES", per_frame)
+        answer = await client.frames(client.request(make_prompt(20)))
+    assert [frame.num_tokens for frame, _ in answer.kv] == [8, 8, 4] * TINY.num_layers
 
 
 REFUSALS: list[tuple[str, Callable[[PrefillRequest], PrefillRequest], type[ColmError]]] = [
@@ -185,8 +237,8 @@ async def test_concurrent_prompts_get_each_their_own_kv(folder: Path) -> None:
     prompts = [make_prompt(n, seed=n) for n in (90, 3, 41, 64)]
     async with serving(folder, chunk_tokens=32) as (client, _):
         results = await asyncio.gather(*(client.frames(client.request(p)) for p in prompts))
-    for prompt, (frames, _) in zip(prompts, results, strict=True):
-        pool = assemble(frames, client.layout, len(prompt))
+    for prompt, answer in zip(prompts, results, strict=True):
+        pool = assemble(answer, client.layout, len(prompt))
         for layer, (k, _v) in kv_of_whole_model(folder, prompt, level=1).items():
             k_read, _ = pool.read(layer, pool.table([0]), 0, len(prompt))
             torch.testing.assert_close(k_read, k, rtol=1e-4, atol=1e-5)
@@ -211,7 +263,8 @@ async def test_cancelling_mid_prompt_stops_the_compute_and_frees_the_pages(
         call = client.open(client.request(make_prompt(1600)))
         # Enough for the first of a hundred chunks; the second is held before its first block.
         gate.release(TINY.num_layers - 1)
-        assert isinstance(await call.read(), bytes)
+        for _ in range(2):
+            assert isinstance(await call.read(), bytes)
         call.cancel()
         await eventually(heard.is_set, "the worker hears of the cancel")
         gate.release(1000)
@@ -233,8 +286,8 @@ async def test_a_stalled_receiver_blocks_nobody_and_is_cut(tmp_path: Path) -> No
     ):
         stalled = client.open(client.request(make_prompt(2048, wide)))
         async with prefill_client(client.address, client.kv_identity, client.layout) as other:
-            frames, _end = await other.frames(other.request(make_prompt(40, wide)))
-            assert frames
+            answer = await other.frames(other.request(make_prompt(40, wide)))
+            assert answer.kv
             assert not await other.is_idle(), "the stalled request is to be there still"
             await eventually(other.is_idle, "the stalled request's pages come back")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -252,6 +305,12 @@ async def test_a_request_that_takes_too_long_is_ended(folder: Path) -> None:
             await client.messages(client.request(make_prompt(30)))
         gate.set()
         await eventually(client.is_idle, "its pages come back")
+
+
+async def read_frame(call: grpc.aio.UnaryStreamCall[Any, bytes], sequence: int) -> kv_frames.Frame:
+    message = await call.read()
+    assert isinstance(message, bytes), "the stream has ended"
+    return kv_frames.decode(message, STREAM_ID, sequence)[0]
 
 
 async def read_all(call: grpc.aio.UnaryStreamCall[Any, bytes]) -> int:

@@ -62,7 +62,7 @@ decode_requests = st.builds(
     DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(st.text()).map(tuple), st.text(),
     uint32, st.text(),
 )  # fmt: skip
-prefill_requests = st.builds(PrefillRequest, st.text(), tokens, uint32, st.text(), layouts)
+prefill_requests = st.builds(PrefillRequest, st.text(), tokens, uint32, st.text(), layouts, uint64)
 events: st.SearchStrategy[DecodeEvent] = st.one_of(
     st.builds(Admitted, uint32),
     st.builds(DecodedToken, uint32, uint32, st.none() | logprobs),

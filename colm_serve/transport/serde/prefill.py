@@ -14,6 +14,7 @@ def prefill_request_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequ
         ship_from=request.ship_from,
         kv_identity=request.kv_identity,
         layout=layout_to_proto(request.layout),
+        stream_id=request.stream_id,
     )
 
 
@@ -24,6 +25,7 @@ def prefill_request_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRe
         ship_from=message.ship_from,
         kv_identity=message.kv_identity,
         layout=layout_from_proto(message.layout),
+        stream_id=message.stream_id,
     )
 
 

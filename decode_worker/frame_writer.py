@@ -1,0 +1,89 @@
+"""Check a stream of KV frames and write it into the pages of one sequence."""
+
+from __future__ import annotations
+
+from colm_serve.core import PrefillRequest
+from colm_serve.errors import DataLoss, Incompatible, Unavailable
+from colm_serve.kv.pool import BlockTable, KvPool
+from colm_serve.transport import kv_frames
+from colm_serve.transport.kv_frames import EndFrame, Frame, KvFrame, OpenFrame
+
+
+class FrameWriter:
+    """Takes the answer to one PrefillRequest, message by message.
+
+    Frames of a layer must follow one another without a gap; layers may be at different tokens.
+    """
+
+    def __init__(
+        self, pool: KvPool, table: BlockTable, request: PrefillRequest, epoch: int | None = None
+    ) -> None:
+        """
+        Args:
+            table: the pages of the request's tokens.
+            epoch: of the worker that was asked, where known.
+        """
+        self._pool = pool
+        self._table = table
+        self._request = request
+        self._epoch = epoch
+        self._stop = len(request.tokens)
+        self._next = [request.ship_from] * request.layout.num_layers
+        self._num_frames = 0
+
+    @property
+    def num_complete(self) -> int:
+        """Tokens [0, this) have their keys and values in every layer."""
+        return min(self._next)
+
+    def accept(self, message: bytes) -> Frame:
+        """Take the next message, and say which frame it was: an EndFrame is the last.
+
+        Raises:
+            DataLoss: damaged, of another stream, out of order, of the wrong size, or ended
+                too early.
+            Incompatible: the sender has other weights or another layout, codec or path.
+            Unavailable: the worker that was asked has been replaced since.
+        """
+        frame, payload = kv_frames.decode(message, self._request.stream_id, self._num_frames)
+        if isinstance(frame, OpenFrame) is not (self._num_frames == 0):
+            raise DataLoss(f"KV frame {self._num_frames}: {type(frame).__name__} in its place")
+        match frame:
+            case OpenFrame():
+                self._check_opening(frame)
+            case KvFrame():
+                self._write(frame, payload)
+            case EndFrame() if self.num_complete != self._stop:
+                raise DataLoss(
+                    f"KV stream ended with {self.num_complete} of {self._stop} tokens complete"
+                )
+        self._num_frames += 1
+        return frame
+
+    def _check_opening(self, frame: OpenFrame) -> None:
+        request = self._request
+        if self._epoch is not None and frame.epoch != self._epoch:
+            raise Unavailable(f"epoch: asked worker {self._epoch}, {frame.epoch} answers")
+        for field, ours, theirs in (
+            ("kv_identity", request.kv_identity, frame.kv_identity),
+            ("layout", request.layout, frame.layout),
+            ("codec", "raw", frame.codec),
+            ("path", "message", frame.path),
+        ):
+            if theirs != ours:
+                raise Incompatible(f"{field}: asked for {ours!r}, the worker sends {theirs!r}")
+
+    def _write(self, frame: KvFrame, payload: memoryview) -> None:
+        if frame.layer >= len(self._next):
+            raise DataLoss(f"KV frame of layer {frame.layer}; there are {len(self._next)} layers")
+        expected = self._next[frame.layer]
+        if frame.start != expected or not 0 < frame.num_tokens <= self._stop - expected:
+            raise DataLoss(
+                f"KV frame of tokens [{frame.start}, {frame.start + frame.num_tokens}) in layer "
+                f"{frame.layer}; expected from {expected}, up to {self._stop}"
+            )
+        wanted = frame.num_tokens * self._pool.num_bytes_per_token
+        if payload.nbytes != wanted:
+            raise DataLoss(f"KV frame payload of {payload.nbytes} bytes; expected {wanted}")
+        self._pool.write_bytes(frame.layer, self._table, frame.start, frame.num_tokens, payload)
+        self._next[frame.layer] += frame.num_tokens

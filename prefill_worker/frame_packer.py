@@ -1,0 +1,74 @@
+"""Make the KV frames of one stream out of what becomes of its job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from colm_serve.prefill_worker.scheduler import PrefillJob
+from colm_serve.prefill_worker.worker import (
+    Accepted,
+    LayerDone,
+    PrefillWorker,
+    PromptDone,
+    TurnDone,
+)
+from colm_serve.transport import kv_frames
+from colm_serve.transport.kv_frames import EndFrame, KvFrame, OpenFrame, WaitFrame
+
+#: About this many payload bytes a message is where gRPC moves them fastest.
+FRAME_BYTES = 1024 * 1024
+
+
+class FramePacker:
+    """Numbers and packs the frames that answer one request."""
+
+    def __init__(self, worker: PrefillWorker, job: PrefillJob) -> None:
+        self._worker = worker
+        self._job = job
+        self._stream_id = job.request.stream_id
+        self._num_frames = 0
+
+    def packs(
+        self, item: Accepted | LayerDone | TurnDone | PromptDone
+    ) -> Iterator[Callable[[], bytes]]:
+        """The frames that say `item`, each of which is packed when it is called, on any thread."""
+        match item:
+            case Accepted():
+                yield partial(self._encode, self._opening(item))
+            case LayerDone():
+                step = max(1, FRAME_BYTES // self._worker.pool.num_bytes_per_token)
+                for start in range(item.start, item.stop, step):
+                    num_tokens = min(step, item.stop - start)
+                    frame = KvFrame(self._next_sequence(), item.layer, start, num_tokens)
+                    yield partial(self._encode_kv, frame)
+            case TurnDone():
+                yield partial(self._encode, WaitFrame(self._next_sequence()))
+            case PromptDone():
+                yield partial(self._encode, EndFrame(self._next_sequence(), item.compute_s))
+
+    def _opening(self, accepted: Accepted) -> OpenFrame:
+        return OpenFrame(
+            sequence=self._next_sequence(),
+            epoch=self._worker.epoch,
+            kv_identity=self._worker.kv_identity,
+            layout=self._worker.layout,
+            codec="raw",
+            path="message",
+            num_cached_tokens=0,
+            num_queued_tokens=accepted.num_queued_tokens,
+            tokens_per_s=accepted.tokens_per_s,
+        )
+
+    def _next_sequence(self) -> int:
+        sequence, self._num_frames = self._num_frames, self._num_frames + 1
+        return sequence
+
+    def _encode(self, frame: OpenFrame | WaitFrame | EndFrame) -> bytes:
+        return kv_frames.encode(frame, self._stream_id)
+
+    def _encode_kv(self, frame: KvFrame) -> bytes:
+        table = self._worker.table(self._job)
+        stop = frame.start + frame.num_tokens
+        parts = self._worker.pool.read_bytes(frame.layer, table, frame.start, stop)
+        return kv_frames.encode(frame, self._stream_id, parts)
