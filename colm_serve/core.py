@@ -162,6 +162,14 @@ class StageTimings:
 
 
 @dataclass(frozen=True)
+class PrefillPeer:
+    """A prefill worker to ask; where the epoch is known, only the process that has it."""
+
+    address: str
+    epoch: int | None = None
+
+
+@dataclass(frozen=True)
 class DecodeRequest:
     """What a router asks of a decode worker.
 
@@ -173,7 +181,7 @@ class DecodeRequest:
     prompt: tuple[int, ...]
     level: int
     sampling: SamplingParams
-    prefill_addresses: tuple[str, ...]
+    prefill_peers: tuple[PrefillPeer, ...]
     kv_identity: str
     num_resumed_tokens: int = 0
     cache_salt: str = ""

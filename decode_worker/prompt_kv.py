@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from colm_serve.core import KvLayout, PrefillRequest
+from colm_serve.core import KvLayout, PrefillPeer, PrefillRequest
 from colm_serve.decode_worker.frame_writer import FrameWriter
 from colm_serve.decode_worker.sequence import Sequence
 from colm_serve.errors import ColmError, DataLoss, DeadlineExceeded
@@ -64,19 +64,19 @@ class PromptFetcher:
         What one worker had delivered before it failed or refused is kept. When all have failed
         some tokens are still missing: `sequence.num_missing` says how many.
         """
-        for address in sequence.request.prefill_addresses:
+        for peer in sequence.request.prefill_peers:
             if sequence.num_missing == 0:
                 return
             try:
-                await self._fetch_from(address, sequence)
+                await self._fetch_from(peer, sequence)
             except (grpc.aio.AioRpcError, ColmError) as error:
                 cause = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
                 logger.warning(
                     "request %s: prefill worker %s failed with %d tokens missing: %s",
-                    sequence.request.request_id, address, sequence.num_missing, cause,
+                    sequence.request.request_id, peer.address, sequence.num_missing, cause,
                 )  # fmt: skip
 
-    async def _fetch_from(self, address: str, sequence: Sequence) -> None:
+    async def _fetch_from(self, peer: PrefillPeer, sequence: Sequence) -> None:
         request = PrefillRequest(
             request_id=sequence.request.request_id,
             tokens=tuple(sequence.tokens[: sequence.num_prefill]),
@@ -85,8 +85,8 @@ class PromptFetcher:
             layout=self._layout,
             stream_id=secrets.randbits(64),
         )
-        writer = FrameWriter(self._pool, self._pool.table(sequence.pages), request)
-        channel = await self._channels.get(address)
+        writer = FrameWriter(self._pool, self._pool.table(sequence.pages), request, peer.epoch)
+        channel = await self._channels.get(peer.address)
         prefill = channel.unary_stream(
             PREFILL_METHOD,
             request_serializer=prefill_pb2.PrefillRequest.SerializeToString,

@@ -24,6 +24,7 @@ from colm_serve.core import (
     KvLayout,
     Logprobs,
     MoveLevel,
+    PrefillPeer,
     PrefillRequest,
     PrefillStatus,
     SamplingParams,
@@ -143,7 +144,8 @@ class DecodeClient:
     ) -> DecodeRequest:
         self._num_requests += 1
         request_id = f"request-{self._num_requests}"
-        return DecodeRequest(request_id, prompt, level, sampling, prefill, self.kv_identity)
+        peers = tuple(PrefillPeer(address) for address in prefill)
+        return DecodeRequest(request_id, prompt, level, sampling, peers, self.kv_identity)
 
     async def open(self, request: DecodeRequest) -> DecodeStream:
         call = self.stub.Decode()

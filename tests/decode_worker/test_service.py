@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from colm_serve.core import Decoded, FinishReason, SamplingParams
+from colm_serve.core import Decoded, FinishReason, PrefillPeer, SamplingParams
 from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.errors import (
     ColmError,
@@ -347,6 +347,21 @@ async def test_kv_of_other_weights_is_never_used(folder: Path, tmp_path: Path) -
                     await direct.messages(direct.request(prompt))
             assert worker.num_computed_tokens == 0
     assert got.num_shipped == 0
+    assert got.tokens == generate_alone(folder, prompt, [3] * 8)
+
+
+@pytest.mark.parametrize("has_spare", [True, False], ids=["to a spare", "to local prefill"])
+async def test_a_worker_that_replaced_the_one_meant_is_not_used(
+    folder: Path, has_spare: bool
+) -> None:
+    prompt = make_prompt(50)
+    async with cluster(folder) as c:
+        replaced = PrefillPeer(c.prefill_address, epoch=99)
+        spare = PrefillPeer(c.prefill_address, epoch=c.prefill_worker.epoch)
+        peers = (replaced, spare) if has_spare else (replaced,)
+        request = replace(c.decode.request(prompt, 3), prefill_peers=peers)
+        got = await (await c.decode.open(request)).rest()
+    assert got.num_shipped == (49 if has_spare else 0)
     assert got.tokens == generate_alone(folder, prompt, [3] * 8)
 
 

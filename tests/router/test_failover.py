@@ -11,6 +11,7 @@ import pytest
 
 from colm_serve.client import GenerationEvent, Token
 from colm_serve.config import RouterConfig, SlaClass
+from colm_serve.core import PrefillPeer
 from colm_serve.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from tests.router.cluster import ScriptedCluster, scripted_cluster
 from tests.router.scripted import (
@@ -142,10 +143,10 @@ async def test_prefill_workers_are_passed_on_in_order_of_their_queues(tmp_path: 
         await generate(cluster)
         for worker in prefill:
             await worker.stop()
-        addresses = [member.address for member in members]
-        first, second = (r.prefill_addresses for r in cluster.worker.requests)
-        assert first == (addresses[3], addresses[2], addresses[1])
-        assert second == (addresses[2], addresses[1], addresses[0])
+        peers = [PrefillPeer(member.address, member.epoch) for member in members]
+        first, second = (r.prefill_peers for r in cluster.worker.requests)
+        assert first == (peers[3], peers[2], peers[1])
+        assert second == (peers[2], peers[1], peers[0])
 
 
 async def test_simultaneous_requests_spread_before_any_status_tells(tmp_path: Path) -> None:

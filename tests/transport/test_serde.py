@@ -18,6 +18,7 @@ from colm_serve.core import (
     KvLayout,
     Logprobs,
     MoveLevel,
+    PrefillPeer,
     PrefillRequest,
     PrefillStatus,
     SamplingParams,
@@ -58,8 +59,9 @@ token_logprobs = st.builds(TokenLogprob, uint32, st.floats(-1e9, 0, width=32), s
 logprobs = st.builds(Logprobs, token_logprobs, st.lists(token_logprobs, max_size=3).map(tuple))
 layouts = st.builds(KvLayout, uint32, uint32, uint32, st.text())
 timings = st.builds(StageTimings, seconds, seconds, seconds, seconds)
+peers = st.builds(PrefillPeer, st.text(), st.none() | uint64)
 decode_requests = st.builds(
-    DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(st.text()).map(tuple), st.text(),
+    DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(peers).map(tuple), st.text(),
     uint32, st.text(),
 )  # fmt: skip
 prefill_requests = st.builds(PrefillRequest, st.text(), tokens, uint32, st.text(), layouts, uint64)

@@ -10,6 +10,7 @@ from colm_serve.core import (
     DecodeRequest,
     DecodeStatus,
     MoveLevel,
+    PrefillPeer,
     ScoredPrompt,
     StepCost,
 )
@@ -35,7 +36,7 @@ def decode_start_to_proto(request: DecodeRequest) -> decode_pb2.DecodeControl:
         prompt_token_ids=request.prompt,
         level=request.level,
         sampling=sampling_to_proto(request.sampling),
-        prefill_addresses=request.prefill_addresses,
+        prefill_peers=map(_peer_to_proto, request.prefill_peers),
         kv_identity=request.kv_identity,
         num_resumed_tokens=request.num_resumed_tokens,
         cache_salt=request.cache_salt,
@@ -60,11 +61,19 @@ def decode_start_from_proto(message: decode_pb2.DecodeControl) -> DecodeRequest:
         prompt=tuple(start.prompt_token_ids),
         level=start.level,
         sampling=sampling_from_proto(start.sampling, max_tokens=1, seed=0),
-        prefill_addresses=tuple(start.prefill_addresses),
+        prefill_peers=tuple(map(_peer_from_proto, start.prefill_peers)),
         kv_identity=start.kv_identity,
         num_resumed_tokens=start.num_resumed_tokens,
         cache_salt=start.cache_salt,
     )
+
+
+def _peer_to_proto(peer: PrefillPeer) -> decode_pb2.PrefillPeer:
+    return decode_pb2.PrefillPeer(address=peer.address, epoch=peer.epoch)
+
+
+def _peer_from_proto(message: decode_pb2.PrefillPeer) -> PrefillPeer:
+    return PrefillPeer(message.address, message.epoch if message.HasField("epoch") else None)
 
 
 def move_level_to_proto(move: MoveLevel) -> decode_pb2.DecodeControl:

@@ -15,12 +15,12 @@ class DecodeControl(_message.Message):
     def __init__(self, start: _Optional[_Union[DecodeStart, _Mapping]] = ..., move_level: _Optional[_Union[MoveLevel, _Mapping]] = ...) -> None: ...
 
 class DecodeStart(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_addresses", "kv_identity", "num_resumed_tokens", "cache_salt")
+    __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_peers", "kv_identity", "num_resumed_tokens", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PEERS_FIELD_NUMBER: _ClassVar[int]
     KV_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
@@ -28,11 +28,19 @@ class DecodeStart(_message.Message):
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     level: int
     sampling: _common_pb2.SamplingParams
-    prefill_addresses: _containers.RepeatedScalarFieldContainer[str]
+    prefill_peers: _containers.RepeatedCompositeFieldContainer[PrefillPeer]
     kv_identity: str
     num_resumed_tokens: int
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., level: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefill_addresses: _Optional[_Iterable[str]] = ..., kv_identity: _Optional[str] = ..., num_resumed_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., level: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefill_peers: _Optional[_Iterable[_Union[PrefillPeer, _Mapping]]] = ..., kv_identity: _Optional[str] = ..., num_resumed_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class PrefillPeer(_message.Message):
+    __slots__ = ("address", "epoch")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    epoch: int
+    def __init__(self, address: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class MoveLevel(_message.Message):
     __slots__ = ("level",)
