@@ -67,12 +67,43 @@ class WorkerConfig(_Frozen):
         return -(-self.kv_tokens // self.page_size)
 
 
+class SparseConfig(_Frozen):
+    """Long prompts' rows attend to chosen keys only: faster, and no longer exact.
+
+    The keys and values are then an approximation that every level reads, and decode workers cache
+    and share them as they do exact ones.
+    """
+
+    selector: Literal["none", "minference", "adaptive"] = Field(
+        default="none",
+        description="minference: the patterns of pattern_file; adaptive: the fewest key blocks "
+        "whose estimated attention mass is at least gamma",
+    )
+    pattern_file: Path | None = Field(
+        default=None, description="as `colm search-patterns` writes it, in MInference's format"
+    )
+    gamma: float = Field(default=0.95, gt=0, le=1)
+    min_tokens: Count = Field(
+        default=16384, description="shorter prompts attend to all keys; the whole prompt counts"
+    )
+
+    @model_validator(mode="after")
+    def _patterns_are_given_where_read(self) -> SparseConfig:
+        if (self.selector == "minference") != (self.pattern_file is not None):
+            raise ValueError(
+                f"pattern_file {self.pattern_file} with selector {self.selector}: minference "
+                "needs one, the others read none"
+            )
+        return self
+
+
 class PrefillConfig(WorkerConfig):
     """A prefill worker: chunks of several prompts up to `chunk_tokens` a forward pass."""
 
     chunk_tokens: Count = 512
     max_queued: Count = 64
     stall_timeout_s: Seconds = 30.0
+    sparse: SparseConfig = SparseConfig()
 
 
 class SpeculationConfig(_Frozen):
@@ -180,7 +211,13 @@ class ClusterConfig(_Frozen):
             cert_file=(folder / self.tls.cert_file).resolve(),
             key_file=(folder / self.tls.key_file).resolve(),
         )
-        return self.model_copy(update={"model": (folder / self.model).resolve(), "tls": tls})
+        sparse = self.prefill.sparse
+        if sparse.pattern_file is not None:
+            path = (folder / sparse.pattern_file).resolve()
+            sparse = sparse.model_copy(update={"pattern_file": path})
+        prefill = self.prefill.model_copy(update={"sparse": sparse})
+        model = (folder / self.model).resolve()
+        return self.model_copy(update={"model": model, "tls": tls, "prefill": prefill})
 
     @classmethod
     def load(cls, path: Path) -> ClusterConfig:

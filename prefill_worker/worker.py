@@ -15,6 +15,7 @@ from colm_serve.core import KvLayout, PrefillRequest, PrefillStatus
 from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
+from colm_serve.engine.sparse.sparsity import make_sparsity
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
@@ -80,6 +81,7 @@ class PrefillWorker:
         self._model = loaded.model
         self.kv_identity = loaded.kv_identity
         self.epoch = epoch
+        self._sparsity = make_sparsity(config.sparse, loaded.model.config)
         self._worker_id = worker_id
         self._ledger = PageLedger(config.num_pages)
         self._scheduler = PrefillScheduler(
@@ -188,7 +190,13 @@ class PrefillWorker:
             return
         begin = time.perf_counter()
         try:
-            run_prefill(self._model, self.pool, passes, lambda layer: self._announce(layer, chunks))
+            run_prefill(
+                self._model,
+                self.pool,
+                passes,
+                lambda layer: self._announce(layer, chunks),
+                self._sparsity,
+            )
         except _Abandoned:
             pass
         else:
@@ -197,8 +205,9 @@ class PrefillWorker:
 
     def _chunk(self, chunk: ScheduledChunk) -> PrefillChunk:
         start = chunk.job.num_computed
-        tokens = chunk.job.request.tokens[start : start + chunk.num_tokens]
-        return PrefillChunk(tokens, start, self.table(chunk.job))
+        prompt = chunk.job.request.tokens
+        tokens = prompt[start : start + chunk.num_tokens]
+        return PrefillChunk(tokens, start, self.table(chunk.job), len(prompt))
 
     def _announce(self, layer: int, chunks: tuple[ScheduledChunk, ...]) -> None:
         with self._compute.lock:

@@ -47,6 +47,13 @@ def test_the_model_path_counts_from_the_files_folder(
     assert load(tmp_path, "model: /srv/m").model == Path("/srv/m")
 
 
+def test_the_pattern_files_path_counts_from_the_files_folder(tmp_path: Path) -> None:
+    sparse = "{selector: minference, pattern_file: patterns.json}"
+    config = load(tmp_path, f"model: m\nprefill: {{sparse: {sparse}}}")
+    assert config.prefill.sparse.pattern_file == tmp_path / "patterns.json"
+    assert load(tmp_path, "model: m").prefill.sparse.pattern_file is None
+
+
 def test_a_model_is_named_by_its_folder_unless_told_otherwise(tmp_path: Path) -> None:
     assert load(tmp_path, "model: m/stdlib-air").served_name == "stdlib-air"
     assert load(tmp_path, "model: m/stdlib-air\nmodel_name: mine").served_name == "mine"
@@ -64,6 +71,20 @@ def test_a_model_is_named_by_its_folder_unless_told_otherwise(tmp_path: Path) ->
         ("model: m\nprefill: {stall_timeout_s: .nan}", "prefill.stall_timeout_s", "nan"),
         ("model: m\nrouter: {http_port: 70000}", "router.http_port", "70000 is not.*65535"),
         ("model: m\ndecode: {weight_dtype: int4}", "decode.weight_dtype", "int4.*'int8'"),
+        ("model: m\nprefill: {sparse: {selector: best}}", "prefill.sparse.selector", "'adaptive'"),
+        ("model: m\nprefill: {sparse: {gamma: 1.5}}", "prefill.sparse.gamma", "1.5.*equal to 1"),
+        ("model: m\nprefill: {sparse: {gamma: 0}}", "prefill.sparse.gamma", "0.*greater than 0"),
+        ("model: m\nprefill: {sparse: {min_tokens: 0}}", "prefill.sparse.min_tokens", "0"),
+        (
+            "model: m\nprefill: {sparse: {selector: minference}}",
+            "prefill.sparse",
+            "pattern_file None with selector minference: minference needs one",
+        ),
+        (
+            "model: m\nprefill: {sparse: {pattern_file: p.json}}",
+            "prefill.sparse",
+            "pattern_file p.json with selector none: .*the others read none",
+        ),
         ("decode: {}", "model", "Field required"),
         ("model: m\ndefault_sla_class: x", "config", "default_sla_class 'x'.*'default'"),
         (

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from colm_serve.config import SparseConfig
+from colm_serve.engine.sparse.antidiagonal import Antidiagonal
 from colm_serve.engine.sparse.head_keys import BlockGrid, build_index
+from colm_serve.engine.sparse.pattern_file import load_patterns
 from colm_serve.engine.sparse.selectors import Dense, Selector
 from colm_serve.kernels.sparse_attention import SparseIndex
 from colm_serve.kv.pool import KvPool
+from colm_serve.model.config import ColmConfig
 from colm_serve.model.paged import Span
 
 
@@ -36,6 +40,25 @@ class SelectedSparsity:
             return None
         k_SNH, _ = pool.read(layer, span.table, 0, span.stop)
         return select_keys(selectors, q_TQH, k_SNH, BlockGrid(span.start, span.stop))
+
+
+def make_sparsity(sparse: SparseConfig, model: ColmConfig) -> SelectedSparsity | None:
+    """What the configuration asks for; None attends to all keys.
+
+    Raises:
+        InvalidConfig: the pattern file cannot be read, or is not of this model's chain 1.
+    """
+    num_layers, num_heads = model.num_layers, model.heads_per_chain[0]
+    selectors: list[list[Selector]]
+    if sparse.selector == "none":
+        return None
+    if sparse.selector == "adaptive":
+        selectors = [[Antidiagonal(sparse.gamma)] * num_heads] * num_layers
+    else:
+        assert sparse.pattern_file is not None, "the configuration was validated"
+        layers = load_patterns(sparse.pattern_file, num_layers, num_heads)
+        selectors = [[pattern.selector for pattern in heads] for heads in layers]
+    return SelectedSparsity(selectors, sparse.min_tokens)
 
 
 def select_keys(
