@@ -1,4 +1,4 @@
-"""The `colm` command: serve, generate, status, train, eval, demo."""
+"""The `colm` command: serve, generate, status, train, eval, search-patterns, demo."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from colm_serve.cluster.launch import Cluster
 from colm_serve.config import ClusterConfig
 from colm_serve.demo import run_demo
 from colm_serve.errors import ColmError
+from colm_serve.pattern_search import patterns_table, write_pattern_file
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.report import evaluate_folder
 from colm_serve.training.trainer import train as run_training
@@ -147,6 +148,23 @@ def evaluate(
     """Print the held-out loss of every level."""
     report = evaluate_folder(model, TrainConfig.load(model / "train.yaml"), data)
     console.print(report.table())
+
+
+@app.command()
+def search_patterns(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    out: Annotated[Path, typer.Option(help="The pattern file to write, in MInference's format.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Text files; default: the standard library's source.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the text to look at.")] = 4096,
+    budget: Annotated[float, typer.Option(help="Share of the keys that a head may read.")] = 0.25,
+) -> None:
+    """Find the sparse attention pattern of each of chain 1's heads, for prefill.sparse."""
+    with console.status("searching"):
+        layers = write_pattern_file(model, out, data or (), tokens, budget)
+    console.print(patterns_table(layers))
+    console.print(f"written to {out}")
 
 
 @app.command()

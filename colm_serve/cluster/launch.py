@@ -16,7 +16,6 @@ from colm_serve.config import ClusterConfig
 from colm_serve.engine.sparse.sparsity import make_sparsity
 from colm_serve.errors import ColmError, Unavailable
 from colm_serve.model.checkpoint import check_folder
-from colm_serve.model.config import ColmConfig
 from colm_serve.router.actor import RouterAddresses
 
 _STOP_TIMEOUT_S = 30.0
@@ -32,8 +31,7 @@ class Cluster:
             ColmError: a bad model folder, too few resources, a worker that does not start.
         """
         # Cheap, and a clearer message than one out of an actor's constructor.
-        check_folder(config.model)
-        make_sparsity(config.prefill.sparse, ColmConfig.load(config.model))
+        make_sparsity(config.prefill.sparse, check_folder(config.model))
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _init_ray(config)

@@ -291,6 +291,14 @@ def _reorder_heads(
     return heads[:, columns].flatten(1, 2)
 
 
+def stored_heads(config: ColmConfig) -> list[int]:
+    """The number that each of chain 1's query heads in memory has in the model's own order."""
+    num_heads = config.heads_per_chain[0]
+    if config.kv_repeat == "tile":
+        return list(range(num_heads))
+    return _interleave_to_tile(num_heads, config.kv_heads_per_chain[0])
+
+
 def _interleave_to_tile(num_heads: int, num_kv_heads: int) -> list[int]:
     """Stored head to read for each tile-ordered head: tile (r, kv) is interleaved (kv, r)."""
     repeats = num_heads // num_kv_heads

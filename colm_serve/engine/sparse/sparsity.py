@@ -16,6 +16,7 @@ from colm_serve.engine.sparse.pattern_file import load_patterns
 from colm_serve.engine.sparse.selectors import Dense, Selector
 from colm_serve.kernels.sparse_attention import SparseIndex
 from colm_serve.kv.pool import KvPool
+from colm_serve.model.checkpoint import stored_heads
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.paged import Span
 
@@ -27,13 +28,13 @@ class SelectedSparsity:
         """For prompts of at least `min_tokens`; shorter ones attend to all.
 
         Args:
-            selectors: those of each layer's chain-1 heads, in the order of the heads.
+            selectors: those of each layer's chain-1 heads, in the order of the heads in memory.
         """
-        self._selectors = selectors
+        self.selectors = selectors
         self._min_tokens = min_tokens
 
     def index(self, layer: int, span: Span, q_TQH: Tensor, pool: KvPool) -> SparseIndex | None:
-        selectors = self._selectors[layer]
+        selectors = self.selectors[layer]
         if span.num_prompt_tokens < self._min_tokens:
             return None
         if all(isinstance(selector, Dense) for selector in selectors):
@@ -57,7 +58,8 @@ def make_sparsity(sparse: SparseConfig, model: ColmConfig) -> SelectedSparsity |
     else:
         assert sparse.pattern_file is not None, "the configuration was validated"
         layers = load_patterns(sparse.pattern_file, num_layers, num_heads)
-        selectors = [[pattern.selector for pattern in heads] for heads in layers]
+        order = stored_heads(model)
+        selectors = [[heads[head].selector for head in order] for heads in layers]
     return SelectedSparsity(selectors, sparse.min_tokens)
 
 

@@ -22,7 +22,7 @@ from colm_serve.engine.sparse.selectors import (
 from colm_serve.engine.sparse.sparsity import select_keys
 from colm_serve.kernels.paged_attention import attend
 from colm_serve.kernels.sparse_attention import BLOCK, attend_sparse
-from tests.engine.sparse.planted import on_blocks, on_column, on_slash
+from tests.engine.sparse.planted import on_blocks, on_broad_slash, on_column, on_slash
 
 #: As much as each may choose: all keys, in sequences of up to 640 tokens.
 FULL: tuple[Selector, ...] = (
@@ -132,7 +132,7 @@ def test_a_planted_slash_is_found() -> None:
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
 def test_antidiagonals_keep_the_mass_of_a_broad_slash(gamma: float) -> None:
     """Of a slash one key wide they see too little: neighbours have to agree."""
-    q_SH, k_SH = on_slash(300, 640, run=32)
+    q_SH, k_SH = on_broad_slash(300, 640)
     q_TQH, k_SNH = q_SH[333:, None], k_SH[:, None]
     grid = BlockGrid(333, 640)
     index = select_keys([Antidiagonal(gamma)], q_TQH, k_SNH, grid)
