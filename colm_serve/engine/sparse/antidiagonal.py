@@ -18,7 +18,8 @@ from torch import Tensor
 from colm_serve.engine.sparse.head_keys import BlockGrid, HeadKeys
 from colm_serve.kernels.sparse_attention import BLOCK
 
-STRIDE = 16
+#: On the bundled model 32 keeps as much mass per key read as 8 and 16 do.
+STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def block_mass(q_TH: Tensor, k_SH: Tensor, grid: BlockGrid) -> Tensor:
 
 def _groups(x_TH: Tensor, num_blocks: int) -> Tensor:
     """[groups, STRIDE, H]; zeros complete the last block."""
-    padded = F.pad(x_TH, (0, 0, 0, num_blocks * BLOCK - len(x_TH)))
-    groups: Tensor = padded.unflatten(0, (-1, STRIDE))
+    num_missing = num_blocks * BLOCK - len(x_TH)
+    if num_missing:
+        x_TH = F.pad(x_TH, (0, 0, 0, num_missing))
+    groups: Tensor = x_TH.contiguous().unflatten(0, (-1, STRIDE))
     return groups

@@ -89,15 +89,16 @@ def last_query_mass(q_RH: Tensor, k_SH: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_rows, num_tokens = q_RH.shape[0], k_SH.shape[0]
     padded = q_RH.new_zeros((num_rows, num_rows - 1 + num_tokens), dtype=torch.float32)
-    mass_RS = padded[:, num_rows - 1 :]
-    torch.matmul(q_RH.float() * q_RH.shape[1] ** -0.5, k_SH.float().T, out=mass_RS)
+    scores_RS = padded[:, num_rows - 1 :]
+    q_RH = q_RH.float() * q_RH.shape[1] ** -0.5
+    torch.matmul(q_RH, k_SH.contiguous().float().T, out=scores_RS)
     future = torch.ones((num_rows, num_rows), dtype=torch.bool, device=q_RH.device).triu_(1)
-    mass_RS[:, -num_rows:].masked_fill_(future, float("-inf"))
-    # In place: the memory of one head's scores is what this costs.
-    mass_RS.sub_(mass_RS.amax(dim=1, keepdim=True)).exp_()
-    mass_RS.div_(mass_RS.sum(dim=1, keepdim=True))
+    scores_RS[:, -num_rows:].masked_fill_(future, float("-inf"))
+    # A softmax in place whose division is part of the sums: it costs what its memory does.
+    scores_RS.sub_(scores_RS.amax(dim=1, keepdim=True)).exp_()
+    weights_R = scores_RS.sum(dim=1).reciprocal()
     diagonals = padded.as_strided((num_rows, num_tokens), (padded.stride(0) + 1, 1))
-    return mass_RS.sum(dim=0), diagonals.sum(dim=0).flip(0)
+    return weights_R @ scores_RS, (weights_R @ diagonals).flip(0)
 
 
 def _largest(mass_S: Tensor, count: int, num_always: int) -> np.ndarray:
