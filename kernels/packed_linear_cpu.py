@@ -17,40 +17,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
-from numba import prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import prange
 from torch import Tensor
 
 from colm_serve.kernels import huge_pages
 from colm_serve.kernels.jit_cpu import kernel
 from colm_serve.kernels.math_cpu import sigmoid
+from colm_serve.kernels.tile_cpu import BLOCK, LANES, TILE_ROWS, linear_tile
 
 # Starting numba's threads sets the calling thread's number of OpenMP threads, which is torch's too.
 _num_threads = torch.get_num_threads()
 numba.get_num_threads()
 torch.set_num_threads(_num_threads)
-
-LANES = 16
-#: Outputs of a block: two registers of lanes.
-BLOCK = 2 * LANES
-#: Rows of a tile: what the registers hold the sums of.
-TILE_ROWS = 8 if binding.get_host_cpu_features().get("avx512f") else 3
-
-_FLOAT = ir.FloatType()
-_INT32 = ir.IntType(32)
-_INT64 = ir.IntType(64)
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-_INT32S = ir.VectorType(_INT32, LANES)
-#: What one weight is in memory, by the array's dtype; bfloat16 travels as its 16 bits.
-_STORED = {"float32": _FLOAT, "uint16": ir.IntType(16), "int8": ir.IntType(8)}
-_STORED_BYTES = {"float32": 4, "uint16": 2, "int8": 1}
 
 
 class Epilogue(enum.IntEnum):
@@ -213,7 +196,7 @@ def _multiply(
                 offset = first_weight + block * BLOCK * in_width
                 for row in range(first_rows[chain], end_rows[chain], TILE_ROWS):
                     num_rows = min(TILE_ROWS, end_rows[chain] - row)
-                    _any_tile(weights, offset, x_TD, row, in_column, in_width, sums, num_rows)
+                    linear_tile(weights, offset, x_TD, row, in_column, in_width, num_rows, sums)
                     if len(scales):
                         for i in range(num_rows):
                             for j in range(BLOCK):
@@ -242,116 +225,3 @@ def _finish(sums, y_TO, row, num_rows, column, width, epilogue):
             for j in range(width):
                 value = sums[first + j]
                 y[column + j] = 0.5 * value * (1 + math.erf(value * math.sqrt(0.5)))
-
-
-@kernel()
-def _any_tile(weights, offset, x_TD, row, in_column, in_width, sums, num_rows):
-    # The number of rows is a constant of the tile: its sums are registers, not memory.
-    if num_rows == 1:
-        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 1)
-    elif num_rows == 2:
-        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 2)
-    elif num_rows == 3:
-        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 3)
-    elif num_rows == 4:
-        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 4)
-    elif num_rows == 5:
-        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 5)
-    elif num_rows == 6:
-        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 6)
-    elif num_rows == 7:
-        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 7)
-    else:
-        _tile(weights, offset, x_TD, row, in_column, in_width, sums, 8)
-
-
-@intrinsic(prefer_literal=True)
-def _tile(typing_context, weights, offset, x_TD, row, in_column, in_width, sums, num_rows):
-    """sums[t, :] = the block of weights at `offset` times row `row + t` of x, `num_rows` rows.
-
-    Written in the compiler's own terms, because a compiler that is given loops over arrays keeps
-    the sums in memory.
-    """
-    if not isinstance(num_rows, types.IntegerLiteral):
-        return None
-    count = num_rows.literal_value
-    int64 = types.int64
-    signature = types.void(weights, int64, x_TD, int64, int64, int64, sums, num_rows)
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        arrays = [
-            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 2, 6)
-        ]
-        weights_array, x_array, sums_array = arrays
-        _, offset, _, row, in_column, in_width, _, _ = arguments
-        stored = str(signature.args[0].dtype)
-        bytes_per_row = builder.extract_value(x_array.strides, 0)
-        first = builder.ptrtoint(x_array.data, _INT64)
-        x_rows = []
-        for t in range(count):
-            start = builder.mul(builder.add(row, _INT64(t)), bytes_per_row)
-            pointer = builder.inttoptr(builder.add(first, start), _FLOAT.as_pointer())
-            x_rows.append(builder.gep(pointer, [in_column]))
-        block = builder.bitcast(weights_array.data, _STORED[stored].as_pointer())
-        block = builder.gep(block, [offset])
-        totals = _emit_sums(builder, block, stored, x_rows, in_width)
-        for i, total in enumerate(totals):
-            place = builder.gep(sums_array.data, [_INT64(i * LANES)])
-            builder.store(total, builder.bitcast(place, _FLOATS.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-def _emit_sums(
-    builder: ir.IRBuilder, block: Any, stored: str, x_rows: Sequence[Any], in_width: Any
-) -> list[Any]:
-    """The loop over inputs: two registers of sums for each row."""
-    multiply_add = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
-    )
-    before = builder.block
-    loop, done = (builder.append_basic_block(name) for name in ("inputs", "done"))
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    k = builder.phi(_INT64)
-    k.add_incoming(_INT64(0), before)
-    sums = [builder.phi(_FLOATS) for _ in range(2 * len(x_rows))]
-    halves = _emit_load(builder, block, stored, k)
-    totals = []
-    for t, x_row in enumerate(x_rows):
-        x = _emit_splat(builder, builder.load(builder.gep(x_row, [k])))
-        totals += [builder.call(multiply_add, [halves[h], x, sums[2 * t + h]]) for h in (0, 1)]
-    for phi, total in zip(sums, totals, strict=True):
-        phi.add_incoming(ir.Constant(_FLOATS, [0.0] * LANES), before)
-        phi.add_incoming(total, loop)
-    following = builder.add(k, _INT64(1))
-    k.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, in_width), loop, done)
-    builder.position_at_end(done)
-    return totals
-
-
-def _emit_load(builder: ir.IRBuilder, block: Any, stored: str, k: Any) -> list[Any]:
-    """The block's weights of input k as fp32, half by half."""
-    place = builder.gep(block, [builder.mul(k, _INT64(BLOCK))])
-    if stored == "uint16":
-        # A bfloat16 is the upper half of the float32 of the same value; see `_interleave`.
-        both = builder.load(builder.bitcast(place, _INT32S.as_pointer()), align=4 * LANES)
-        lower = builder.shl(both, ir.Constant(_INT32S, [16] * LANES))
-        upper = builder.and_(both, ir.Constant(_INT32S, [0xFFFF0000] * LANES))
-        return [builder.bitcast(half, _FLOATS) for half in (lower, upper)]
-    vector = ir.VectorType(_STORED[stored], LANES)
-    halves = []
-    for half in (0, 1):
-        start = builder.bitcast(builder.gep(place, [_INT64(half * LANES)]), vector.as_pointer())
-        raw = builder.load(start, align=_STORED_BYTES[stored] * LANES)
-        is_float = stored == "float32"
-        halves.append(raw if is_float else builder.sitofp(builder.sext(raw, _INT32S), _FLOATS))
-    return halves
-
-
-def _emit_splat(builder: ir.IRBuilder, value: Any) -> Any:
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
-    lone = builder.insert_element(undefined, value, _INT32(0))
-    return builder.shuffle_vector(lone, undefined, ir.Constant(_INT32S, [0] * LANES))

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colm_serve.kernels.packed_linear_cpu import TILE_ROWS, Epilogue, Matrix, PackedLinear
+from colm_serve.kernels.packed_linear_cpu import Epilogue, Matrix, PackedLinear
 from colm_serve.kernels.staircase_linear import staircase_linear
+from colm_serve.kernels.tile_cpu import TILE_ROWS
 
 IN_DIMS, OUT_DIMS = (16, 24, 40), (40, 8, 33)
 RAGGED = (11, 5, 2)
