@@ -18,9 +18,11 @@ import numpy as np
 from colm_serve.kernels.jit_cpu import kernel
 from colm_serve.kernels.packed_linear_cpu import PackedArrays, multiply
 from colm_serve.kernels.paged_attention_cpu import attend, rotate_and_store
+from colm_serve.kernels.prefill_attention_cpu import Rows, attend_span
 from colm_serve.kernels.rms_norm_cpu import chain_rms_norm
 
 Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
+IntTable = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 
 class Layers(NamedTuple):
@@ -58,6 +60,7 @@ class Batch(NamedTuple):
     slots_T: Ints
     num_heads_T: Ints  # query heads of each row's level
     single: Ints  # rows to attend with one by one
+    long: IntTable  # spans to attend with as a whole: `Rows`, then where their pages begin
     page_starts_T: Ints
     pages: Ints
     page_size: int
@@ -66,7 +69,7 @@ class Batch(NamedTuple):
 
 @kernel()
 def run_layers(layers, buffers, batch, kv_LECNH):
-    """Take the residual stream through every layer; all rows attend one by one.
+    """Take the residual stream through every layer; all rows attend to every key.
 
     Args:
         kv_LECNH: the pool, [L, 2, C, N, H].
@@ -74,6 +77,7 @@ def run_layers(layers, buffers, batch, kv_LECNH):
     for layer in range(len(kv_LECNH)):
         store_kv(layers, layer, buffers, batch, kv_LECNH)
         attend_rows(layers, layer, buffers, batch, kv_LECNH)
+        attend_spans(layer, buffers, batch, kv_LECNH)
         finish_layer(layers, layer, buffers, batch)
 
 
@@ -102,6 +106,18 @@ def attend_rows(layers, layer, buffers, batch, kv_LECNH):
         batch.pages, batch.page_size, kv_LECNH[layer, 0], kv_LECNH[layer, 1], buffers.o_TQH,
         batch.num_threads,
     )  # fmt: skip
+
+
+@kernel()
+def attend_spans(layer, buffers, batch, kv_LECNH):
+    """Attention of the spans in `batch.long` to every key."""
+    for i in range(len(batch.long)):
+        first, count, start, num_heads, first_page = batch.long[i]
+        attend_span(
+            buffers.qkv_TMH, Rows(first, count, start, num_heads), batch.pages[first_page:],
+            batch.page_size, kv_LECNH[layer, 0], kv_LECNH[layer, 1], None, buffers.o_TQH,
+            batch.num_threads,
+        )  # fmt: skip
 
 
 @kernel()

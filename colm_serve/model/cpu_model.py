@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from colm_serve.kernels.packed_linear_cpu import Epilogue, Matrix, PackedLinear
+from colm_serve.kernels.prefill_attention_cpu import Rows, attend_span
 from colm_serve.kernels.rms_norm_cpu import chain_rms_norm
 from colm_serve.kernels.transformer_cpu import (
     Batch,
     Buffers,
     Layers,
     attend_rows,
+    attend_spans,
     finish_layer,
     run_layers,
     store_kv,
@@ -168,7 +170,7 @@ class CpuModel:
     ) -> Tensor:
         """As `ColmModel.forward`, but for columns beyond a row's level, which may hold anything."""
         batch = self._begin(token_ids_T, num_rows, context)
-        if context.rows.long or context.on_layer is not None:
+        if context.on_layer is not None or context.sparsity is not None:
             for layer in range(self.config.num_layers):
                 self.store_kv(layer, batch, context)
                 self.finish_layer(layer, batch, context)
@@ -200,13 +202,25 @@ class CpuModel:
         context.stored(layer)
 
     def finish_layer(self, layer: int, batch: Batch, context: PagedContext) -> None:
-        """One layer from its attention on; long spans attend as a whole."""
+        """One layer from its attention on."""
         layers, buffers, kv = self._layers.arrays, self._workspace.buffers, context.pool.array
         attend_rows(layers, layer, buffers, batch, kv)
-        q_TMH, o_TQH = self._workspace.qkv_TMH, self._workspace.o_TQH
-        for span, heads in context.rows.long:
-            o_TQH[span.rows, :heads] = context.attend_span(layer, span, q_TMH[span.rows, :heads])
+        if context.sparsity is None:
+            attend_spans(layer, buffers, batch, kv)
+        else:
+            self._attend_sparse(layer, batch, context)
         finish_layer(layers, layer, buffers, batch)
+
+    def _attend_sparse(self, layer: int, batch: Batch, context: PagedContext) -> None:
+        buffers, kv = self._workspace.buffers, context.pool.array[layer]
+        for span, long in zip(context.rows.spans, batch.long, strict=True):
+            *rows, first_page = map(int, long)
+            queries = Rows(*rows)
+            q_TQH = self._workspace.qkv_TMH[span.rows, : queries.num_heads]
+            attend_span(
+                buffers.qkv_TMH, queries, batch.pages[first_page:], batch.page_size, kv[0], kv[1],
+                context.index(layer, span, q_TQH), buffers.o_TQH, batch.num_threads,
+            )  # fmt: skip
 
     def logits(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
         """As `ColmModel.logits`."""
@@ -233,6 +247,7 @@ class CpuModel:
             rows.slots,
             rows.num_heads,
             rows.single,
+            rows.long,
             rows.page_starts,
             rows.pages,
             context.pool.page_size,

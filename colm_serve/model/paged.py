@@ -64,7 +64,9 @@ class RowIndex:
         page_starts: where the pages of each row's sequence begin in `pages`.
         pages: of all sequences, one after the other.
         single: the rows to attend with one by one.
-        long: the spans to attend with as a whole, and their query heads.
+        spans: those of the spans that are attended with as a whole.
+        long: a row for each of `spans`: its first row, number of rows and position, query heads
+            of its level, and where its pages begin in `pages`.
     """
 
     def __init__(self, spans: Sequence[Span], heads_by_level: Sequence[int]) -> None:
@@ -84,9 +86,8 @@ class RowIndex:
         self.slots = pages * page_size + self.positions % page_size
         is_long = np.array(lengths) >= _LONG_SPAN
         self.single = rows[~np.repeat(is_long, lengths)]
-        self.long = [
-            (span, int(heads[i])) for i, span in enumerate(spans) if span.num_rows >= _LONG_SPAN
-        ]
+        self.spans = [span for span in spans if span.num_rows >= _LONG_SPAN]
+        self.long = np.column_stack([first_rows, lengths, starts, heads, firsts])[is_long]
 
 
 class PagedContext:
@@ -138,9 +139,13 @@ class PagedContext:
     def attend_span(self, layer: int, span: Span, q_TQH: Tensor) -> Tensor:
         """Attend with the rows of one span, sparsely where the context says so."""
         k_SNH, v_SNH = self.pool.read(layer, span.table, 0, span.stop)
-        index = None
-        if self.sparsity is not None:
-            index = self.sparsity.index(layer, span, q_TQH, self.pool)
+        index = self.index(layer, span, q_TQH)
         if index is None:
             return attend(q_TQH, k_SNH, v_SNH)
         return attend_sparse(q_TQH, k_SNH, v_SNH, index)
+
+    def index(self, layer: int, span: Span, q_TQH: Tensor) -> SparseIndex | None:
+        """Which keys a span's rows attend to; None: all."""
+        if self.sparsity is None:
+            return None
+        return self.sparsity.index(layer, span, q_TQH, self.pool)
