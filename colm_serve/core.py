@@ -199,6 +199,7 @@ class PrefillRequest:
     """What a decode worker asks of a prefill worker: KV of tokens [ship_from, len(tokens)).
 
     `stream_id`, 64 random bits, ties the frames of the answer to this call.
+    Cached keys and values are shared with requests of the same `cache_salt` only.
     """
 
     request_id: str
@@ -207,6 +208,7 @@ class PrefillRequest:
     kv_identity: str
     layout: KvLayout
     stream_id: int
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,11 @@ class DecodeStatus:
 
 @dataclass(frozen=True)
 class PrefillStatus:
-    """A prefill worker's load."""
+    """A prefill worker's load.
+
+    Since it started it has computed `num_computed_tokens` of prompts and found
+    `num_cached_tokens` in its prefix cache.
+    """
 
     worker_id: str
     epoch: int
@@ -324,6 +330,8 @@ class PrefillStatus:
     tokens_per_s: float
     num_free_pages: int
     num_pages: int
+    num_computed_tokens: int
+    num_cached_tokens: int
 
 
 class WorkerKind(Enum):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from colm_serve.decode_worker.sequence import Sequence
-from colm_serve.errors import ResourceExhausted
-from colm_serve.kv.ledger import PageLedger, block_digests
+from colm_serve.kv.ledger import PageLedger
+from colm_serve.kv.prefix_cache import PrefixCache
 
 
 class SequencePages:
@@ -16,10 +18,10 @@ class SequencePages:
     def __init__(self, ledger: PageLedger, page_size: int, cache_root: bytes) -> None:
         self._ledger = ledger
         self._page_size = page_size
-        self._cache_root = cache_root
+        self._cache = PrefixCache(ledger, page_size, cache_root)
 
     def num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._page_size)
+        return self._cache.num_pages(num_tokens)
 
     def num_slots(self, sequence: Sequence) -> int:
         """Tokens that the sequence's pages have room for."""
@@ -32,19 +34,10 @@ class SequencePages:
             ResourceExhausted: they are not free, or `num_spare` others would not stay free; the
                 sequence has no pages.
         """
-        cached: list[int] = []
-        if not sequence.is_scoring:
-            cached = self._ledger.hold_prefix(self._digests(sequence, sequence.num_prefill))
-        num_new = self.num_pages(num_tokens) - len(cached)
-        num_free = self._ledger.num_free
-        if num_new + num_spare > num_free:
-            self._ledger.release(cached)
-            kept = f", {num_spare} of them for requests that run" if num_spare else ""
-            raise ResourceExhausted(
-                f"{num_new} KV pages wanted, {num_free} of {self._ledger.num_pages} free{kept}"
-            )
-        sequence.pages = (*cached, *self._ledger.allocate(num_new))
-        sequence.num_computed = len(cached) * self._page_size
+        num_findable = 0 if sequence.is_scoring else sequence.num_prefill
+        digests = self._digests(sequence, num_findable)
+        num_pages = self.num_pages(num_tokens)
+        sequence.pages, sequence.num_computed = self._cache.take(digests, num_pages, num_spare)
 
     def num_lacking(self, sequence: Sequence, num_tokens: int) -> int:
         """Pages that the sequence has to take before it has slots for this many tokens."""
@@ -60,22 +53,13 @@ class SequencePages:
 
     def publish(self, sequence: Sequence) -> None:
         """Let later sequences find the blocks whose K and V are complete."""
-        digests = self._digests(sequence, sequence.num_computed)
-        for page, digest in zip(sequence.pages, digests, strict=False):
-            self._ledger.publish(page, digest)
+        self._cache.publish(sequence.pages, self._digests(sequence, sequence.num_computed))
 
     def release(self, sequence: Sequence) -> None:
         self._ledger.release(sequence.pages)
         sequence.pages = ()
         sequence.num_computed = 0
 
-    def _digests(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
-        """Of the full blocks among the first `num_tokens`; each is made once."""
-        known, size = sequence.block_digests, self._page_size
-        num_blocks = num_tokens // size
-        parent = known[-1] if known else self._root(sequence.request.cache_salt)
-        known += block_digests(sequence.tokens[len(known) * size : num_blocks * size], size, parent)
-        return known[:num_blocks]
-
-    def _root(self, cache_salt: str) -> bytes:
-        return self._cache_root + cache_salt.encode()
+    def _digests(self, sequence: Sequence, num_tokens: int) -> Iterator[bytes]:
+        salt, known = sequence.request.cache_salt, sequence.block_digests
+        return self._cache.digests(sequence.tokens, num_tokens, salt, known)

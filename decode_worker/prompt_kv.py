@@ -84,6 +84,7 @@ class PromptFetcher:
             kv_identity=self._kv_identity,
             layout=self._layout,
             stream_id=secrets.randbits(64),
+            cache_salt=sequence.request.cache_salt,
         )
         writer = FrameWriter(self._pool, self._pool.table(sequence.pages), request, peer.epoch)
         channel = await self._channels.get(peer.address)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 
+from colm_serve.kv.pool import BlockTable
 from colm_serve.prefill_worker.scheduler import PrefillJob
 from colm_serve.prefill_worker.worker import (
     Accepted,
@@ -55,7 +56,7 @@ class FramePacker:
             layout=self._worker.layout,
             codec="raw",
             path="message",
-            num_cached_tokens=0,
+            num_cached_tokens=accepted.num_cached_tokens,
             num_queued_tokens=accepted.num_queued_tokens,
             tokens_per_s=accepted.tokens_per_s,
         )
@@ -68,7 +69,10 @@ class FramePacker:
         return kv_frames.encode(frame, self._stream_id)
 
     def _encode_kv(self, frame: KvFrame) -> bytes:
-        table = self._worker.table(self._job)
         stop = frame.start + frame.num_tokens
-        parts = self._worker.pool.read_bytes(frame.layer, table, frame.start, stop)
+        parts = self._worker.pool.read_bytes(frame.layer, self._table, frame.start, stop)
         return kv_frames.encode(frame, self._stream_id, parts)
+
+    @cached_property
+    def _table(self) -> BlockTable:
+        return self._worker.pool.table(self._job.pages)

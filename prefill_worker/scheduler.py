@@ -1,22 +1,45 @@
-"""Which prompts' chunks are computed next: pure, no torch, no clock."""
+"""Which prompts get pages and which chunks are computed next: pure, no torch, no clock.
+
+Compute. Every prompt has an equal share of each pass, so a short one never waits for a long one.
+While some would miss their deadlines that way, and need not, half of each pass goes to these,
+the earliest deadline first.
+
+Pages. A prompt has those of its whole length before its first chunk. They are given in order of
+arrival, but a prompt that fits may overtake those that do not: each is overtaken by at most its
+own number of pages in all, then everybody behind it waits. So none starves.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from colm_serve.core import PrefillRequest
 from colm_serve.errors import InvalidArgument, ResourceExhausted
 from colm_serve.kv.ledger import PageLedger
+from colm_serve.kv.prefix_cache import PrefixCache
+
+#: So many passes' worth of tokens may wait for a job's receiver; beyond it others come first.
+MAX_UNSENT_PASSES = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class PrefillJob:
-    """One prompt on its way through chain 1."""
+    """One prompt on its way through chain 1; the first `num_computed` tokens are through.
+
+    The first `num_cached` of them were in the prefix cache when it got its pages, and its
+    receiver has those before `num_sent`. `num_overtaking_pages` went to later jobs before.
+    """
 
     request: PrefillRequest
-    pages: list[int] = field(default_factory=list)
+    deadline: float | None = None
+    pages: tuple[int, ...] = ()
+    block_digests: list[bytes] = field(default_factory=list)
+    num_cached: int = 0
     num_computed: int = 0
+    num_sent: int = 0
+    num_overtaking_pages: int = 0
     is_cancelled: bool = False
 
     @property
@@ -25,7 +48,13 @@ class PrefillJob:
 
     @property
     def num_left(self) -> int:
+        """Tokens still to be computed."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def num_unsent(self) -> int:
+        """Computed tokens that the receiver wants and has not taken yet."""
+        return max(0, self.num_computed - max(self.num_sent, self.request.ship_from))
 
 
 @dataclass(frozen=True)
@@ -44,15 +73,24 @@ class PrefillScheduler:
     """
 
     def __init__(
-        self, ledger: PageLedger, *, page_size: int, chunk_tokens: int, max_queued: int
+        self,
+        ledger: PageLedger,
+        *,
+        page_size: int,
+        chunk_tokens: int,
+        max_queued: int,
+        cache_root: bytes,
     ) -> None:
         self._ledger = ledger
+        self._cache = PrefixCache(ledger, page_size, cache_root)
         self._page_size = page_size
         self._chunk_tokens = chunk_tokens
         self._max_queued = max_queued
-        self._waiting: OrderedDict[int, PrefillJob] = OrderedDict()
-        self._running: OrderedDict[int, PrefillJob] = OrderedDict()
+        self._waiting: OrderedDict[PrefillJob, None] = OrderedDict()
+        self._running: OrderedDict[PrefillJob, None] = OrderedDict()
+        self._started: list[PrefillJob] = []
         self._in_pass: tuple[ScheduledChunk, ...] = ()
+        self.num_cached_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -65,87 +103,160 @@ class PrefillScheduler:
     @property
     def has_work(self) -> bool:
         """There is a chunk to compute."""
-        return any(job.num_left and not job.is_cancelled for job in self._running.values())
+        return any(job.num_left and not job.is_cancelled for job in self._running)
 
     @property
     def num_queued_tokens(self) -> int:
         """Tokens still to be computed, of all jobs."""
-        return sum(j.num_left for jobs in (self._waiting, self._running) for j in jobs.values())
+        return sum(job.num_left for jobs in (self._waiting, self._running) for job in jobs)
 
-    def submit(self, request: PrefillRequest) -> PrefillJob:
-        """Queue a job.
+    def submit(self, request: PrefillRequest, deadline: float | None = None) -> PrefillJob:
+        """Queue a job whose keys and values are wanted by `deadline`.
 
         Raises:
             InvalidArgument: the prompt would not fit even into an empty pool.
             ResourceExhausted: the queue is full.
         """
-        num_pages = self._num_pages(len(request.tokens))
-        if num_pages > self._ledger.num_pages:
+        if self._cache.num_pages(len(request.tokens)) > self._ledger.num_pages:
             limit = self._ledger.num_pages * self._page_size
             raise InvalidArgument("token_ids", f"{len(request.tokens)} tokens", f"up to {limit}")
         if len(self._waiting) >= self._max_queued:
             raise ResourceExhausted(f"{self._max_queued} prompts are already waiting")
-        job = PrefillJob(request)
-        self._waiting[id(job)] = job
+        job = PrefillJob(request, deadline)
+        self._waiting[job] = None
         self._start_waiting()
         return job
 
-    def next_chunks(self) -> tuple[ScheduledChunk, ...]:
-        """The chunks of the next forward pass: an equal share of the budget for each job.
+    def take_started(self) -> list[PrefillJob]:
+        """The jobs that have got pages since the last call, cached tokens included."""
+        started, self._started = self._started, []
+        return started
 
-        Equal shares keep a short prompt from waiting for a long one; what a job does not need
-        goes to the others, earliest first.
+    def next_chunks(self, now: float, tokens_per_s: float) -> tuple[ScheduledChunk, ...]:
+        """The chunks of the next forward pass.
+
+        Jobs whose receivers lag have what the others leave.
+
+        Args:
+            now: on the clock of the deadlines.
+            tokens_per_s: what the worker computes; 0 if unknown, then nobody is preferred.
         """
         assert not self._in_pass, "the last pass has not been completed"
-        jobs = [job for job in self._running.values() if job.num_left and not job.is_cancelled]
+        wanting = [job for job in self._running if job.num_left and not job.is_cancelled]
+        most = MAX_UNSENT_PASSES * self._chunk_tokens
+        jobs = [job for job in wanting if job.num_unsent < most]
+        urgent = _at_risk(jobs, now, tokens_per_s)
+        num_tokens = dict.fromkeys(wanting, 0)
         budget = self._chunk_tokens
-        chunks = []
-        for num_done, job in enumerate(sorted(jobs, key=lambda job: job.num_left)):
-            share = max(1, budget // (len(jobs) - num_done))
-            num_tokens = min(job.num_left, share, budget)
-            if num_tokens == 0:
-                break
-            chunks.append(ScheduledChunk(job, num_tokens))
-            budget -= num_tokens
-        self._in_pass = tuple(chunks)
+        if urgent:
+            budget -= self._share(jobs, num_tokens, -(-budget // 2))
+            for job in urgent:
+                extra = min(budget, job.num_left - num_tokens[job])
+                num_tokens[job] += extra
+                budget -= extra
+        budget -= self._share(jobs, num_tokens, budget)
+        self._share(wanting, num_tokens, budget)
+        self._in_pass = tuple(ScheduledChunk(job, num) for job, num in num_tokens.items() if num)
         return self._in_pass
 
-    def complete_pass(self) -> None:
-        """The chunks last given out have been computed (or abandoned, if all were cancelled)."""
+    def complete_pass(self, *, is_computed: bool = True) -> None:
+        """The chunks last given out have been computed, or given up since nobody wants them."""
         chunks, self._in_pass = self._in_pass, ()
         for chunk in chunks:
-            chunk.job.num_computed += chunk.num_tokens
+            if is_computed:
+                chunk.job.num_computed += chunk.num_tokens
+                self._publish(chunk)
             if chunk.job.is_cancelled:
                 self._drop(chunk.job)
+        self._start_waiting()
 
     def finish(self, job: PrefillJob) -> None:
         """The job's receiver has everything, or is gone: free its pages, at the pass's end."""
         job.is_cancelled = True
         if not any(chunk.job is job for chunk in self._in_pass):
             self._drop(job)
+            self._start_waiting()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the ledger is sound and idle when there are no jobs."""
         self._ledger.check_integrity()
-        held = sum(len(job.pages) for job in self._running.values())
-        assert held + self._ledger.num_free == self._ledger.num_pages, "pages were lost"
+        held = {page for job in self._running for page in job.pages}
+        assert len(held) + self._ledger.num_free == self._ledger.num_pages, "pages were lost"
+
+    def _share(self, jobs: list[PrefillJob], num_tokens: dict[PrefillJob, int], budget: int) -> int:
+        """Add equal shares of a budget to the jobs' tokens; returns what was given out.
+
+        What a job does not need goes to the others. More jobs than tokens take turns.
+        """
+        lacking = [job for job in jobs if num_tokens[job] < job.num_left]
+        served = lacking[:budget]
+        if len(lacking) > budget:
+            for job in served:
+                self._running.move_to_end(job)
+        left = budget
+        for num_done, job in enumerate(sorted(served, key=lambda j: j.num_left - num_tokens[j])):
+            share = min(job.num_left - num_tokens[job], left // (len(served) - num_done))
+            num_tokens[job] += share
+            left -= share
+        return budget - left
+
+    def _publish(self, chunk: ScheduledChunk) -> None:
+        """Let later prompts find the blocks that the chunk has completed."""
+        job = chunk.job
+        first_block = (job.num_computed - chunk.num_tokens) // self._page_size
+        digests = self._digests(job, job.num_computed, first_block)
+        self._cache.publish(job.pages[first_block:], digests)
+
+    def _digests(self, job: PrefillJob, num_tokens: int, first_block: int = 0) -> Iterator[bytes]:
+        salt, known = job.request.cache_salt, job.block_digests
+        return self._cache.digests(job.request.tokens, num_tokens, salt, known, first_block)
 
     def _drop(self, job: PrefillJob) -> None:
-        self._waiting.pop(id(job), None)
-        if self._running.pop(id(job), None) is not None:
+        self._waiting.pop(job, None)
+        if job in self._running:
+            del self._running[job]
             self._ledger.release(job.pages)
-            job.pages = []
-            self._start_waiting()
+            job.pages = ()
+        if job in self._started:
+            self._started.remove(job)
 
     def _start_waiting(self) -> None:
-        """Give pages to waiting jobs, in order: a long prompt is not starved by short ones."""
-        while self._waiting:
-            key, job = next(iter(self._waiting.items()))
-            num_pages = self._num_pages(job.num_tokens)
-            if num_pages > self._ledger.num_free:
-                return
-            job.pages = self._ledger.allocate(num_pages)
-            self._running[key] = self._waiting.pop(key)
+        """Give pages to the waiting jobs that there are pages for and that may have them now."""
+        passed_over: list[PrefillJob] = []
+        for job in list(self._waiting):
+            num_pages = self._cache.num_pages(job.num_tokens)
+            is_due = all(self._may_be_overtaken(other, num_pages) for other in passed_over)
+            if is_due and self._start(job, num_pages):
+                for other in passed_over:
+                    other.num_overtaking_pages += num_pages
+            else:
+                passed_over.append(job)
 
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._page_size)
+    def _may_be_overtaken(self, job: PrefillJob, num_pages: int) -> bool:
+        return job.num_overtaking_pages + num_pages <= self._cache.num_pages(job.num_tokens)
+
+    def _start(self, job: PrefillJob, num_pages: int) -> bool:
+        """Give a job its pages; False if they are not free."""
+        try:
+            job.pages, job.num_cached = self._cache.take(
+                self._digests(job, job.num_tokens), num_pages
+            )
+        except ResourceExhausted:
+            return False
+        job.num_computed = job.num_cached
+        self.num_cached_tokens += job.num_cached
+        del self._waiting[job]
+        self._running[job] = None
+        self._started.append(job)
+        return True
+
+
+def _at_risk(jobs: list[PrefillJob], now: float, tokens_per_s: float) -> list[PrefillJob]:
+    """Jobs that equal shares would make late though alone they would not be, earliest first."""
+    due: list[tuple[float, int, PrefillJob]] = []
+    for index, job in enumerate(jobs):
+        if job.deadline is not None and tokens_per_s:
+            alone_s = job.num_left / tokens_per_s
+            if alone_s <= job.deadline - now < alone_s * len(jobs):
+                due.append((job.deadline, index, job))
+    return [job for _, _, job in sorted(due)]

@@ -15,7 +15,7 @@ from colm_serve.config import PrefillConfig, TlsConfig
 from colm_serve.core import PrefillRequest
 from colm_serve.errors import ColmError, DeadlineExceeded
 from colm_serve.prefill_worker.frame_packer import FramePacker
-from colm_serve.prefill_worker.worker import JobNews, PrefillWorker, PromptDone, TurnDone
+from colm_serve.prefill_worker.worker import JobNews, LayerDone, PrefillWorker, PromptDone, TurnDone
 from colm_serve.proto.colm.v1 import prefill_pb2
 from colm_serve.transport import serde
 from colm_serve.transport.channel import bind, make_server
@@ -117,5 +117,7 @@ class PrefillService:
                 for pack in packer.packs(item):
                     yield await loop.run_in_executor(self._packer, pack)
                     sent = loop.time()
+                if isinstance(item, LayerDone) and item.layer == self._worker.layout.num_layers - 1:
+                    self._worker.sent(job, item.stop)
         finally:
             self._worker.finish(job)

@@ -26,8 +26,12 @@ from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, Sc
 
 @dataclass(frozen=True)
 class Accepted:
-    """The job is queued behind `num_queued_tokens` of others; the worker makes `tokens_per_s`."""
+    """The job is queued behind `num_queued_tokens` of others; the worker makes `tokens_per_s`.
 
+    `num_cached_tokens` of it need not be computed.
+    """
+
+    num_cached_tokens: int
     num_queued_tokens: int
     tokens_per_s: float
 
@@ -61,7 +65,6 @@ JobSink = Callable[[JobNews], object]
 class _Watch:
     """Who hears of a job, and since when."""
 
-    job: PrefillJob
     sink: JobSink
     begin: float
 
@@ -89,8 +92,10 @@ class PrefillWorker:
             page_size=config.page_size,
             chunk_tokens=config.chunk_tokens,
             max_queued=config.max_queued,
+            cache_root=loaded.kv_identity.encode(),
         )
-        self._watches: dict[int, _Watch] = {}
+        self._watches: dict[PrefillJob, _Watch] = {}
+        self._tables: dict[PrefillJob, BlockTable] = {}
         self._tokens_per_s = 0.0
         self._num_computed_tokens = 0
         self._compute = ComputeThread(
@@ -126,20 +131,25 @@ class PrefillWorker:
             self._compute.check_accepting()
             num_queued_tokens = self._scheduler.num_queued_tokens
             job = self._scheduler.submit(request)
-            self._watches[id(job)] = _Watch(job, sink, time.perf_counter())
-            sink(Accepted(num_queued_tokens, self._tokens_per_s))
+            self._watches[job] = _Watch(sink, time.perf_counter())
+            sink(Accepted(job.num_cached, num_queued_tokens, self._tokens_per_s))
+            self._announce_cached()
             self._compute.lock.notify()
             return job
 
     def finish(self, job: PrefillJob) -> None:
         """Forget a job, sent or cancelled; its pages are free within one pass."""
         with self._compute.lock:
-            self._watches.pop(id(job), None)
+            self._watches.pop(job, None)
+            self._tables.pop(job, None)
             self._scheduler.finish(job)
+            self._announce_cached()
             self._compute.lock.notify()
 
-    def table(self, job: PrefillJob) -> BlockTable:
-        return self.pool.table(job.pages)
+    def sent(self, job: PrefillJob, num_tokens: int) -> None:
+        """The job's receiver has taken the frames of the first `num_tokens`."""
+        with self._compute.lock:
+            job.num_sent = num_tokens
 
     def check_alive(self) -> None:
         """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
@@ -157,6 +167,8 @@ class PrefillWorker:
                 tokens_per_s=self._tokens_per_s,
                 num_free_pages=self._ledger.num_free,
                 num_pages=self._ledger.num_pages,
+                num_computed_tokens=self._num_computed_tokens,
+                num_cached_tokens=self._scheduler.num_cached_tokens,
             )
 
     def check_integrity(self) -> None:
@@ -184,7 +196,7 @@ class PrefillWorker:
 
     def _take_turn(self) -> None:
         with self._compute.lock:
-            chunks = self._scheduler.next_chunks()
+            chunks = self._scheduler.next_chunks(time.perf_counter(), self._tokens_per_s)
             passes = [self._chunk(chunk) for chunk in chunks]
         if not passes:
             return
@@ -198,16 +210,34 @@ class PrefillWorker:
                 self._sparsity,
             )
         except _Abandoned:
-            pass
+            with self._compute.lock:
+                self._scheduler.complete_pass(is_computed=False)
+                self._announce_cached()
         else:
             self._measure(sum(c.num_tokens for c in chunks), time.perf_counter() - begin)
-        self._complete(chunks)
+            self._complete(chunks)
 
     def _chunk(self, chunk: ScheduledChunk) -> PrefillChunk:
         start = chunk.job.num_computed
         prompt = chunk.job.request.tokens
         tokens = prompt[start : start + chunk.num_tokens]
-        return PrefillChunk(tokens, start, self.table(chunk.job), len(prompt))
+        return PrefillChunk(tokens, start, self._table(chunk.job), len(prompt))
+
+    def _table(self, job: PrefillJob) -> BlockTable:
+        """The job's block table, made once: that of a long prompt takes time."""
+        if job not in self._tables:
+            self._tables[job] = self.pool.table(job.pages)
+        return self._tables[job]
+
+    def _announce_cached(self) -> None:
+        """Jobs that have just got pages: what was cached of them can be sent before any compute."""
+        for job in self._scheduler.take_started():
+            watch = self._watches[job]
+            if job.request.ship_from < job.num_cached:
+                for layer in range(self.layout.num_layers):
+                    watch.sink(LayerDone(layer, job.request.ship_from, job.num_cached))
+            if job.num_left == 0:
+                watch.sink(PromptDone(time.perf_counter() - watch.begin))
 
     def _announce(self, layer: int, chunks: tuple[ScheduledChunk, ...]) -> None:
         with self._compute.lock:
@@ -216,7 +246,7 @@ class PrefillWorker:
             for chunk in chunks:
                 start, stop = chunk.job.num_computed, chunk.job.num_computed + chunk.num_tokens
                 start = max(start, chunk.job.request.ship_from)
-                watch = self._watches.get(id(chunk.job))
+                watch = self._watches.get(chunk.job)
                 if watch is not None and start < stop:
                     watch.sink(LayerDone(layer, start, stop))
 
@@ -230,14 +260,14 @@ class PrefillWorker:
     def _complete(self, chunks: tuple[ScheduledChunk, ...]) -> None:
         with self._compute.lock:
             self._scheduler.complete_pass()
-            computed = {id(chunk.job) for chunk in chunks}
-            for key, watch in self._watches.items():
-                job, is_computed = watch.job, key in computed
+            computed = {chunk.job for chunk in chunks}
+            for job, watch in self._watches.items():
                 if job.num_left == 0:
-                    if is_computed:
+                    if job in computed:
                         watch.sink(PromptDone(time.perf_counter() - watch.begin))
-                elif not is_computed or job.num_computed <= job.request.ship_from:
+                elif job not in computed or job.num_computed <= job.request.ship_from:
                     watch.sink(TurnDone())
+            self._announce_cached()
 
     def _fail_all(self, error: Unavailable) -> None:
         for watch in self._watches.values():

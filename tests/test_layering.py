@@ -34,6 +34,7 @@ PURE = (
     "grammar.py",
     "engine/speculation.py",
     "kv/ledger.py",
+    "kv/prefix_cache.py",
     "prefill_worker/scheduler.py",
     "decode_worker/pages.py",
     "decode_worker/scheduler.py",

@@ -90,7 +90,7 @@ async def test_the_opening_comes_before_any_compute(folder: Path) -> None:
             await read_all(call)
         await eventually(client.is_idle, "it is done with them")
         speed = worker.status().tokens_per_s
-        later = (await client.frames(client.request(make_prompt(20)))).opening
+        later = (await client.frames(client.request(make_prompt(20, seed=2)))).opening
     expected = kv_frames.OpenFrame(
         sequence=0,
         epoch=1,
@@ -119,7 +119,8 @@ async def test_who_waits_hears_that_the_worker_makes_progress(
     ):
         first = asyncio.create_task(client.frames(client.request(make_prompt(64))))
         await eventually(lambda: _has(client, num_running=1, num_waiting=0), "it runs")
-        second = asyncio.create_task(client.frames(client.request(make_prompt(64), ship_from=40)))
+        other = client.request(make_prompt(64, seed=2), ship_from=40)
+        second = asyncio.create_task(client.frames(other))
         await eventually(lambda: _has(client, num_running=1, num_waiting=1), "it waits")
         gate.set()
         assert (await first).num_waits == 0
@@ -151,6 +152,50 @@ async def test_layers_are_sent_while_later_ones_are_computed(folder: Path) -> No
         assert not gate.is_set()
         gate.set()
         assert await read_all(call) == TINY.num_layers, "the other layers' frames and the end"
+
+
+@pytest.mark.parametrize("ship_from", [0, 20, 70])
+async def test_a_cached_prefix_is_sent_but_not_computed_again(folder: Path, ship_from: int) -> None:
+    """A prompt of 100 tokens finds 64 of another one's."""
+    prompt = make_prompt(100)
+    other = prompt[:70] + make_prompt(30, seed=2)
+    async with serving(folder, chunk_tokens=24) as (client, _):
+        await client.frames(client.request(other))
+        answer = await client.frames(client.request(prompt, ship_from))
+        status = await client.status()
+    assert answer.opening.num_cached_tokens == 64
+    assert (status.num_computed_tokens, status.num_cached_tokens) == (100 + 36, 64)
+    pool = assemble(answer, client.layout, 100)
+    for layer, (k, v) in kv_of_whole_model(folder, prompt, level=1).items():
+        k_read, v_read = pool.read(layer, pool.table([0]), ship_from, 100)
+        torch.testing.assert_close(k_read, k[ship_from:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(v_read, v[ship_from:], rtol=1e-4, atol=1e-5)
+
+
+async def test_cached_tokens_are_sent_before_any_compute(folder: Path) -> None:
+    gate = threading.Event()
+    gate.set()
+    async with serving(folder, before_block=lambda: gate.wait(30)) as (client, worker):
+        await client.frames(client.request(make_prompt(64)))
+        gate.clear()
+        call = client.open(client.request(make_prompt(64) + make_prompt(20, seed=2)))
+        await read_frame(call, 0)
+        for layer in range(TINY.num_layers):
+            assert await read_frame(call, 1 + layer) == kv_frames.KvFrame(1 + layer, layer, 0, 64)
+        again = await client.frames(client.request(make_prompt(64)))
+        assert len(again.kv) == TINY.num_layers, "no token of it is to be computed"
+        assert worker.num_computed_tokens == 64
+        gate.set()
+        await read_all(call)
+
+
+async def test_tenants_of_different_salts_share_nothing(folder: Path) -> None:
+    async with serving(folder) as (client, worker):
+        for salt in ("", "a", "b"):
+            request = replace(client.request(make_prompt(32)), cache_salt=salt)
+            answer = await client.frames(request)
+            assert answer.opening.num_cached_tokens == 0
+        assert worker.num_computed_tokens == 3 * 32
 
 
 async def test_the_last_layer_stops_after_keys_and_values(folder: Path) -> None:
@@ -272,7 +317,7 @@ async def test_cancelling_mid_prompt_stops_the_compute_and_frees_the_pages(
         num_computed = worker.num_computed_tokens
         assert num_computed <= 16, "it went on computing"
         # Another prompt in between would have shown further chunks of the first.
-        await client.frames(client.request(make_prompt(16)))
+        await client.frames(client.request(make_prompt(16, seed=2)))
         assert worker.num_computed_tokens == num_computed + 16
 
 

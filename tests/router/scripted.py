@@ -246,5 +246,7 @@ def prefill_status(**changes: Any) -> PrefillStatus:
         tokens_per_s=10_000.0,
         num_free_pages=64,
         num_pages=64,
+        num_computed_tokens=0,
+        num_cached_tokens=0,
     )
     return replace(idle, **changes)

@@ -64,7 +64,9 @@ decode_requests = st.builds(
     DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(peers).map(tuple), st.text(),
     uint32, st.text(),
 )  # fmt: skip
-prefill_requests = st.builds(PrefillRequest, st.text(), tokens, uint32, st.text(), layouts, uint64)
+prefill_requests = st.builds(
+    PrefillRequest, st.text(), tokens, uint32, st.text(), layouts, uint64, st.text()
+)
 events: st.SearchStrategy[DecodeEvent] = st.one_of(
     st.builds(Admitted, uint32),
     st.builds(DecodedToken, uint32, uint32, st.none() | logprobs),
@@ -81,7 +83,7 @@ decode_statuses = st.builds(
 prefill_statuses = st.builds(
     PrefillStatus, worker_id=st.text(), epoch=uint64, kv_identity=st.text(), num_running=uint32,
     num_waiting=uint32, num_queued_tokens=uint32, tokens_per_s=seconds, num_free_pages=uint32,
-    num_pages=uint32,
+    num_pages=uint32, num_computed_tokens=uint64, num_cached_tokens=uint64,
 )  # fmt: skip
 
 

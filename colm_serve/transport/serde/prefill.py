@@ -15,6 +15,7 @@ def prefill_request_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequ
         kv_identity=request.kv_identity,
         layout=layout_to_proto(request.layout),
         stream_id=request.stream_id,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -26,6 +27,7 @@ def prefill_request_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRe
         kv_identity=message.kv_identity,
         layout=layout_from_proto(message.layout),
         stream_id=message.stream_id,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -40,6 +42,8 @@ def prefill_status_to_proto(status: PrefillStatus) -> prefill_pb2.PrefillStatus:
         tokens_per_s=status.tokens_per_s,
         num_free_pages=status.num_free_pages,
         num_pages=status.num_pages,
+        num_computed_tokens=status.num_computed_tokens,
+        num_cached_tokens=status.num_cached_tokens,
     )
 
 
@@ -54,4 +58,6 @@ def prefill_status_from_proto(message: prefill_pb2.PrefillStatus) -> PrefillStat
         tokens_per_s=message.tokens_per_s,
         num_free_pages=message.num_free_pages,
         num_pages=message.num_pages,
+        num_computed_tokens=message.num_computed_tokens,
+        num_cached_tokens=message.num_cached_tokens,
     )
