@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from colm_serve.kernels import rms_norm, staircase_linear
+from colm_serve.kernels import rms_norm, sparse_attention, staircase_linear
+from colm_serve.kernels.sparse_attention import SparseIndex
 
 
 def _use_triton(x: Tensor) -> bool:
@@ -38,3 +39,12 @@ def chain_rms_norm(
 
         return on_gpu(x_TD, weights, num_rows, eps)
     return rms_norm.chain_rms_norm(x_TD, weights, num_rows, eps)
+
+
+def attend_sparse(q_TQH: Tensor, k_SNH: Tensor, v_SNH: Tensor, index: SparseIndex) -> Tensor:
+    """Attention to the keys of an index; see `kernels.sparse_attention`."""
+    if _use_triton(q_TQH):
+        from colm_serve.kernels.sparse_attention_triton import attend_sparse as on_gpu
+
+        return on_gpu(q_TQH, k_SNH, v_SNH, index)
+    return sparse_attention.attend_sparse(q_TQH, k_SNH, v_SNH, index)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from colm_serve.kernels import dispatch
 from colm_serve.kernels.paged_attention import attend
-from colm_serve.kernels.sparse_attention import SparseIndex, attend_sparse
+from colm_serve.kernels.sparse_attention import SparseIndex
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.config import ColmConfig
 
@@ -142,7 +143,7 @@ class PagedContext:
         index = self.index(layer, span, q_TQH)
         if index is None:
             return attend(q_TQH, k_SNH, v_SNH)
-        return attend_sparse(q_TQH, k_SNH, v_SNH, index)
+        return dispatch.attend_sparse(q_TQH, k_SNH, v_SNH, index)
 
     def index(self, layer: int, span: Span, q_TQH: Tensor) -> SparseIndex | None:
         """Which keys a span's rows attend to; None: all."""

@@ -8,7 +8,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from colm_serve.kernels import rms_norm_triton, staircase_linear_triton
+from colm_serve.kernels import (
+    rms_norm_triton,
+    sparse_attention_triton,
+    staircase_linear_triton,
+)
 from colm_serve.kernels.staircase_linear_triton import _DECODE, _PREFILL, _PREFILL_FP32
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -24,7 +28,7 @@ def compile_kernel(
         ASTSource(kernel, signature, constants), target=TARGET, options=options
     )
     assert compiled.metadata.shared <= MAX_SHARED_BYTES, compiled.metadata.shared
-    print(kernel.__name__, types["x_ptr"], compiled.metadata.shared)
+    print(kernel.__name__, types[kernel.arg_names[0]], compiled.metadata.shared)
 
 
 def main() -> None:
@@ -41,6 +45,15 @@ def main() -> None:
                 {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
             )  # fmt: skip
         compile_kernel(rms_norm_triton._rms_norm_kernel, types, {"BLOCK": 1024}, {})
+        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{element}")
+        index = {"block_starts_ptr": "*i64", "key_blocks_ptr": "*i32",
+                 "column_starts_ptr": "*i64", "columns_ptr": "*i32"}  # fmt: skip
+        compile_kernel(
+            sparse_attention_triton._sparse_attention_kernel,
+            {**pointers, **index, "scale": "fp32"},
+            {"BLOCK": 64, "BLOCK_H": 128},
+            {"num_warps": 4, "num_stages": 2},
+        )
 
 
 if __name__ == "__main__":

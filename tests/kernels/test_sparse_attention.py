@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from colm_serve.kernels import sparse_attention_triton
 from colm_serve.kernels.paged_attention import attend
 from colm_serve.kernels.sparse_attention import BLOCK, SparseIndex, attend_sparse
 
@@ -43,19 +44,21 @@ def test_every_key_block_gives_dense_attention(num_rows: int, num_tokens: int) -
     torch.testing.assert_close(attend_sparse(q_TQH, k_SNH, v_SNH, index), expected)
 
 
+#: Of 100 rows after 127 tokens: rows 0-63 are positions 127-190, rows 64-99 are 191-226, and each
+#: has its own among its keys. Heads and query blocks differ.
+ENTRIES: list[list[tuple[list[int], list[int]]]] = [
+    [([1, 2], []), ([2, 3], [0, 5, 70])],
+    [([1, 2], []), ([0, 2, 3], [])],
+    [([1, 2, 3], [3]), ([2, 3], list(range(0, 128)))],
+    [([0, 1, 2], [200, 226]), ([2, 3], [])],
+]
+
+
 def test_blocks_and_columns_give_the_attention_of_their_mask() -> None:
-    """Heads and query blocks differ, and the rows begin amid a key block."""
     q_TQH, k_SNH, v_SNH = make_qkv(100, 227)
-    # Rows 0-63 are positions 127-190, rows 64-99 are 191-226: each has its own among its keys.
-    entries: list[list[tuple[list[int], list[int]]]] = [
-        [([1, 2], []), ([2, 3], [0, 5, 70])],
-        [([1, 2], []), ([0, 2, 3], [])],
-        [([1, 2, 3], [3]), ([3], [190, 191])],
-        [([0, 1, 2], [200, 226]), ([2, 3], [])],
-    ]
-    index = make_index(entries)
+    index = make_index(ENTRIES)
     mask_QTS = torch.zeros(NUM_HEADS, 100, 227, dtype=torch.bool)
-    for head, blocks in enumerate(entries):
+    for head, blocks in enumerate(ENTRIES):
         for block, (key_blocks, columns) in enumerate(blocks):
             rows = slice(BLOCK * block, BLOCK * (block + 1))
             mask_QTS[head, rows, columns] = True
@@ -70,3 +73,25 @@ def test_blocks_and_columns_give_the_attention_of_their_mask() -> None:
         attn_mask=mask_QTS,
     ).transpose(0, 1)
     torch.testing.assert_close(attend_sparse(q_TQH, k_SNH, v_SNH, index), expected)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float16, 1e-3)])
+def test_the_triton_kernel_equals_the_reference(dtype: torch.dtype, atol: float) -> None:
+    """Views into a pool, as a span's keys are; every element is to be written."""
+    q_TQH, k_SNH, v_SNH = (t.to(dtype) for t in make_qkv(100, 227))
+    pool = torch.stack([k_SNH, v_SNH])
+    index = make_index(ENTRIES)
+    out = torch.full_like(q_TQH, float("nan"))
+    with torch.no_grad():
+        sparse_attention_triton.attend_sparse(q_TQH, pool[0], pool[1], index, out)
+    expected = attend_sparse(q_TQH, k_SNH, v_SNH, index)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=atol)
+
+
+def test_the_triton_kernel_takes_any_head_dim_and_a_single_row() -> None:
+    torch.manual_seed(0)
+    q_TQH, k_SNH, v_SNH = torch.randn(1, 1, 24), *torch.randn(2, 130, 1, 24)
+    index = make_index([[([0, 2], [64, 100])]])
+    expected = attend_sparse(q_TQH, k_SNH, v_SNH, index)
+    out = sparse_attention_triton.attend_sparse(q_TQH, k_SNH, v_SNH, index)
+    torch.testing.assert_close(out, expected)
