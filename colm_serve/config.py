@@ -138,6 +138,12 @@ class DecodeConfig(WorkerConfig):
         description="a prefill worker that sends nothing for so long is left; while it is busy "
         "with other prompts it says so after each of its forward passes",
     )
+    kv_codec: Literal["raw", "bf16", "int8", "fp8", "auto"] = Field(
+        default="raw",
+        description="how prefill workers write K and V for the wire: raw is exact, the others are "
+        "smaller; auto is raw while the transfer hides behind the prefill, else the mildest that "
+        "would",
+    )
     weight_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
         description="how matrices are kept: auto is float32 on a CPU and bfloat16 on a GPU; the "

@@ -198,8 +198,9 @@ class MoveLevel:
 class PrefillRequest:
     """What a decode worker asks of a prefill worker: KV of tokens [ship_from, len(tokens)).
 
-    `stream_id`, 64 random bits, ties the frames of the answer to this call.
-    Cached keys and values are shared with requests of the same `cache_salt` only.
+    `stream_id`, 64 random bits, ties the frames of the answer to this call; `codec` names one of
+    `transport.codecs`. Cached keys and values are shared with requests of the same `cache_salt`
+    only.
     """
 
     request_id: str
@@ -209,6 +210,7 @@ class PrefillRequest:
     layout: KvLayout
     stream_id: int
     cache_salt: str = ""
+    codec: str = "raw"
 
 
 @dataclass(frozen=True)

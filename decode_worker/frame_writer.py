@@ -6,6 +6,7 @@ from colm_serve.core import PrefillRequest
 from colm_serve.errors import DataLoss, Incompatible, Unavailable
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.transport import kv_frames
+from colm_serve.transport.codecs import get_codec
 from colm_serve.transport.kv_frames import EndFrame, Frame, KvFrame, OpenFrame
 
 
@@ -27,6 +28,7 @@ class FrameWriter:
         self._table = table
         self._request = request
         self._epoch = epoch
+        self._codec = get_codec(request.codec)
         self._stop = len(request.tokens)
         self._next = [request.ship_from] * request.layout.num_layers
         self._num_frames = 0
@@ -67,7 +69,7 @@ class FrameWriter:
         for field, ours, theirs in (
             ("kv_identity", request.kv_identity, frame.kv_identity),
             ("layout", request.layout, frame.layout),
-            ("codec", "raw", frame.codec),
+            ("codec", request.codec, frame.codec),
             ("path", "message", frame.path),
         ):
             if theirs != ours:
@@ -82,8 +84,10 @@ class FrameWriter:
                 f"KV frame of tokens [{frame.start}, {frame.start + frame.num_tokens}) in layer "
                 f"{frame.layer}; expected from {expected}, up to {self._stop}"
             )
-        wanted = frame.num_tokens * self._pool.num_bytes_per_token
+        layout = self._request.layout
+        wanted = self._codec.num_bytes(layout, frame.num_tokens)
         if payload.nbytes != wanted:
             raise DataLoss(f"KV frame payload of {payload.nbytes} bytes; expected {wanted}")
-        self._pool.write_bytes(frame.layer, self._table, frame.start, frame.num_tokens, payload)
+        k_SNH, v_SNH = self._codec.decode(payload, layout, frame.num_tokens)
+        self._pool.write(frame.layer, self._table, frame.start, k_SNH, v_SNH)
         self._next[frame.layer] += frame.num_tokens

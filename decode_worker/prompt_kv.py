@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ import grpc
 import grpc.aio
 
 from colm_serve.core import KvLayout, PrefillPeer, PrefillRequest
+from colm_serve.decode_worker.codec_choice import CodecChoice, Transfer
 from colm_serve.decode_worker.frame_writer import FrameWriter
 from colm_serve.decode_worker.sequence import Sequence
 from colm_serve.errors import ColmError, DataLoss, DeadlineExceeded
@@ -23,6 +25,7 @@ from colm_serve.kv.pool import KvPool
 from colm_serve.proto.colm.v1 import prefill_pb2
 from colm_serve.transport import serde
 from colm_serve.transport.channel import ChannelCache
+from colm_serve.transport.codecs import CODECS, GROUP_TOKENS, get_codec
 from colm_serve.transport.kv_frames import EndFrame, Frame
 from colm_serve.transport.status import from_rpc_error
 
@@ -36,6 +39,11 @@ def _as_is(message: bytes) -> bytes:
     return message
 
 
+def _bytes_per_token(codec: str, layout: KvLayout) -> float:
+    """In all layers."""
+    return layout.num_layers * get_codec(codec).num_bytes(layout, GROUP_TOKENS) / GROUP_TOKENS
+
+
 class PromptFetcher:
     """Receives prompts' keys and values from prefill workers."""
 
@@ -46,12 +54,15 @@ class PromptFetcher:
         kv_identity: str,
         channels: ChannelCache,
         frame_timeout_s: float,
+        kv_codec: str,
     ) -> None:
         self._pool = pool
         self._layout = layout
         self._kv_identity = kv_identity
         self._channels = channels
         self._frame_timeout_s = frame_timeout_s
+        names = CODECS if kv_codec == "auto" else (kv_codec,)
+        self._codecs = CodecChoice({name: _bytes_per_token(name, layout) for name in names})
         # Checking and copying frames is work; the event loop does none.
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
 
@@ -85,6 +96,7 @@ class PromptFetcher:
             layout=self._layout,
             stream_id=secrets.randbits(64),
             cache_salt=sequence.request.cache_salt,
+            codec=self._codecs.choose(peer.address),
         )
         writer = FrameWriter(self._pool, self._pool.table(sequence.pages), request, peer.epoch)
         channel = await self._channels.get(peer.address)
@@ -93,9 +105,11 @@ class PromptFetcher:
             request_serializer=prefill_pb2.PrefillRequest.SerializeToString,
             response_deserializer=_as_is,
         )
+        transfer = Transfer(len(request.tokens))
         call = prefill(serde.prefill_request_to_proto(request))
         try:
-            await self._receive(call, writer)
+            await self._receive(call, writer, transfer)
+            self._codecs.learn(peer.address, transfer)
         finally:
             # A cancelled or failed stream ends here, on both sides; nothing outlives the call.
             call.cancel()
@@ -103,7 +117,10 @@ class PromptFetcher:
             sequence.num_computed = writer.num_complete
 
     async def _receive(
-        self, call: grpc.aio.UnaryStreamCall[Any, bytes], writer: FrameWriter
+        self,
+        call: grpc.aio.UnaryStreamCall[Any, bytes],
+        writer: FrameWriter,
+        transfer: Transfer,
     ) -> None:
         while True:
             try:
@@ -112,7 +129,9 @@ class PromptFetcher:
                 raise DeadlineExceeded(f"no KV frame for {self._frame_timeout_s} s") from error
             if not isinstance(message, bytes):
                 raise DataLoss("KV stream ended without its end frame")
-            if isinstance(await self._write(writer, message), EndFrame):
+            frame = await self._write(writer, message)
+            transfer.take(frame, len(message), time.perf_counter())
+            if isinstance(frame, EndFrame):
                 return
 
     async def _write(self, writer: FrameWriter, message: bytes) -> Frame:

@@ -46,6 +46,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self._worker.kv_identity,
             self._channels,
             self._config.frame_timeout_s,
+            self._config.kv_codec,
         )
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, self._server)
         await add_health(self._server)

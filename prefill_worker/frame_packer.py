@@ -15,9 +15,10 @@ from colm_serve.prefill_worker.worker import (
     TurnDone,
 )
 from colm_serve.transport import kv_frames
+from colm_serve.transport.codecs import get_codec
 from colm_serve.transport.kv_frames import EndFrame, KvFrame, OpenFrame, WaitFrame
 
-#: About this many payload bytes a message is where gRPC moves them fastest.
+#: About this many bytes of K and V a message is where gRPC moves them fastest.
 FRAME_BYTES = 1024 * 1024
 
 
@@ -28,6 +29,7 @@ class FramePacker:
         self._worker = worker
         self._job = job
         self._stream_id = job.request.stream_id
+        self._codec = get_codec(job.request.codec)
         self._num_frames = 0
 
     def packs(
@@ -54,7 +56,7 @@ class FramePacker:
             epoch=self._worker.epoch,
             kv_identity=self._worker.kv_identity,
             layout=self._worker.layout,
-            codec="raw",
+            codec=self._job.request.codec,
             path="message",
             num_cached_tokens=accepted.num_cached_tokens,
             num_queued_tokens=accepted.num_queued_tokens,
@@ -70,7 +72,8 @@ class FramePacker:
 
     def _encode_kv(self, frame: KvFrame) -> bytes:
         stop = frame.start + frame.num_tokens
-        parts = self._worker.pool.read_bytes(frame.layer, self._table, frame.start, stop)
+        k_SNH, v_SNH = self._worker.pool.read(frame.layer, self._table, frame.start, stop)
+        parts = self._codec.encode(k_SNH, v_SNH)
         return kv_frames.encode(frame, self._stream_id, parts)
 
     @cached_property

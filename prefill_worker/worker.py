@@ -22,6 +22,7 @@ from colm_serve.kv.pool import BlockTable
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.serving import ServingModel
 from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, ScheduledChunk
+from colm_serve.transport.codecs import get_codec
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TurnDone:
 
 @dataclass(frozen=True)
 class PromptDone:
-    """Every layer of every token has been computed, in `compute_s` seconds since the start."""
+    """Every layer of every token is there, `compute_s` after the first pass was begun."""
 
     compute_s: float
 
@@ -61,12 +62,16 @@ JobNews = Accepted | LayerDone | TurnDone | PromptDone | ColmError
 JobSink = Callable[[JobNews], object]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Watch:
-    """Who hears of a job, and since when."""
+    """Who hears of a job, and when its first pass began."""
 
     sink: JobSink
-    begin: float
+    begin: float | None = None
+
+    def compute_s(self, now: float) -> float:
+        """0 if everything was cached."""
+        return 0.0 if self.begin is None else now - self.begin
 
 
 class _Abandoned(Exception):
@@ -122,7 +127,7 @@ class PrefillWorker:
 
         Raises:
             Incompatible: the caller has other weights or another KV layout.
-            InvalidArgument: an empty prompt, a token id or range that is not allowed.
+            InvalidArgument: an empty prompt, a token id, range or codec that is not allowed.
             ResourceExhausted: the queue is full.
             Unavailable: the worker is stopping or broken.
         """
@@ -131,7 +136,7 @@ class PrefillWorker:
             self._compute.check_accepting()
             num_queued_tokens = self._scheduler.num_queued_tokens
             job = self._scheduler.submit(request)
-            self._watches[job] = _Watch(sink, time.perf_counter())
+            self._watches[job] = _Watch(sink)
             sink(Accepted(job.num_cached, num_queued_tokens, self._tokens_per_s))
             self._announce_cached()
             self._compute.lock.notify()
@@ -184,6 +189,7 @@ class PrefillWorker:
             )
         if request.layout != self.layout:
             raise Incompatible(f"layout: the caller has {request.layout}, here is {self.layout}")
+        get_codec(request.codec)
         config = self._model.config
         if not 0 < len(request.tokens) <= config.max_context:
             shown = f"{len(request.tokens)} tokens"
@@ -198,9 +204,13 @@ class PrefillWorker:
         with self._compute.lock:
             chunks = self._scheduler.next_chunks(time.perf_counter(), self._tokens_per_s)
             passes = [self._chunk(chunk) for chunk in chunks]
+            begin = time.perf_counter()
+            for chunk in chunks:
+                watch = self._watches.get(chunk.job)
+                if watch is not None:
+                    watch.begin = watch.begin or begin
         if not passes:
             return
-        begin = time.perf_counter()
         try:
             run_prefill(
                 self._model,
@@ -237,7 +247,7 @@ class PrefillWorker:
                 for layer in range(self.layout.num_layers):
                     watch.sink(LayerDone(layer, job.request.ship_from, job.num_cached))
             if job.num_left == 0:
-                watch.sink(PromptDone(time.perf_counter() - watch.begin))
+                watch.sink(PromptDone(watch.compute_s(time.perf_counter())))
 
     def _announce(self, layer: int, chunks: tuple[ScheduledChunk, ...]) -> None:
         with self._compute.lock:
@@ -264,7 +274,7 @@ class PrefillWorker:
             for job, watch in self._watches.items():
                 if job.num_left == 0:
                     if job in computed:
-                        watch.sink(PromptDone(time.perf_counter() - watch.begin))
+                        watch.sink(PromptDone(watch.compute_s(time.perf_counter())))
                 elif job not in computed or job.num_computed <= job.request.ship_from:
                     watch.sink(TurnDone())
             self._announce_cached()

@@ -36,6 +36,7 @@ PURE = (
     "kv/ledger.py",
     "kv/prefix_cache.py",
     "prefill_worker/scheduler.py",
+    "decode_worker/codec_choice.py",
     "decode_worker/pages.py",
     "decode_worker/scheduler.py",
     "decode_worker/sequence.py",

@@ -30,9 +30,11 @@ from colm_serve.core import (
     SamplingParams,
     ScoredPrompt,
 )
+from colm_serve.kv.pool import KvPool
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2
 from colm_serve.transport import kv_frames, serde
 from colm_serve.transport.channel import connect
+from colm_serve.transport.codecs import get_codec
 from colm_serve.transport.status import from_rpc_error
 from tests.helpers import GREEDY
 
@@ -198,6 +200,15 @@ class Answer:
         waits = [frame for frame, _ in between if isinstance(frame, kv_frames.WaitFrame)]
         assert len(kv) + len(waits) == len(between), "an opening or end amid the stream"
         return cls(opening, kv, len(waits), end)
+
+    def in_a_pool(self, layout: KvLayout) -> KvPool:
+        """What came, in a pool of one page that holds all tokens."""
+        pool = KvPool(layout, 1, max(frame.start + frame.num_tokens for frame, _ in self.kv))
+        codec = get_codec(self.opening.codec)
+        for frame, payload in self.kv:
+            k_SNH, v_SNH = codec.decode(payload, layout, frame.num_tokens)
+            pool.write(frame.layer, pool.table([0]), frame.start, k_SNH, v_SNH)
+        return pool
 
 
 class PrefillClient:

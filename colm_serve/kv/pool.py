@@ -5,7 +5,6 @@ Shapes: S tokens, N kv heads, H head dim.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from colm_serve.core import KvLayout
 from colm_serve.kernels import huge_pages
-
-# Frames are read in place from the immutable bytes they arrived in; nothing writes to them.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,26 +101,8 @@ class KvPool:
             self._slots[layer, 1, slots] = v_SNH[done : done + length]
             done += length
 
-    def write_bytes(
-        self, layer: int, table: BlockTable, start: int, num_tokens: int, payload: memoryview
-    ) -> None:
-        """Put a frame's payload (K then V) into the pages of its tokens."""
-        raw = torch.frombuffer(payload, dtype=self._slots.dtype)
-        layout = self.layout
-        k_v = raw.view(2, num_tokens, layout.num_kv_heads, layout.head_dim)
-        self.write(layer, table, start, k_v[0], k_v[1])
-
     def read(self, layer: int, table: BlockTable, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens [start, stop), each [S, N, H]; a view when neighbours."""
         parts = [self._slots[layer, :, slots] for slots in table.slots(start, stop)]
         k_v = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return k_v[0], k_v[1]
-
-    def read_bytes(self, layer: int, table: BlockTable, start: int, stop: int) -> list[memoryview]:
-        """The payload of a frame (K then V) as views of the pages where possible."""
-        return [_bytes_of(part) for part in self.read(layer, table, start, stop)]
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    host = tensor.contiguous().cpu()
-    return memoryview(host.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ class OpenFrame:
 class KvFrame:
     """K and V of tokens [start, start + num_tokens) in one layer: the payload.
 
-    It is K then V, each [num_tokens, num_kv_heads, head_dim], little endian.
+    It is K then V, each written down as the opening's codec does; see `transport.codecs`.
     """
 
     sequence: int
@@ -70,7 +70,7 @@ class WaitFrame:
 
 @dataclass(frozen=True)
 class EndFrame:
-    """Everything was sent."""
+    """Everything was sent; computing it took `compute_s`."""
 
     sequence: int
     compute_s: float

@@ -73,7 +73,7 @@ async def run_all(folder: Path, seed: int, num_requests: int, **config: Any) -> 
     random = Random(seed)
     workloads = [Workload.make(random) for _ in range(num_requests)]
     with decode_service(folder, **config) as (_, worker):
-        fetcher = PromptFetcher(worker.pool, worker.layout, "", ChannelCache(None), 1.0)
+        fetcher = PromptFetcher(worker.pool, worker.layout, "", ChannelCache(None), 1.0, "raw")
         grammars = GrammarQueue(worker.grammars)
 
         def make_session(request: DecodeRequest) -> DecodeSession:

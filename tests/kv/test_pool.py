@@ -63,26 +63,6 @@ def test_read_gives_back_what_was_written(
     assert not pool.read(0, table, 0, 16)[0].any(), "another layer was written"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("source", [SCATTERED, CONSECUTIVE])
-@pytest.mark.parametrize("target", [SCATTERED[::-1], CONSECUTIVE])
-def test_bytes_carry_kv_from_one_pool_to_another(
-    dtype: str, source: tuple[int, ...], target: tuple[int, ...]
-) -> None:
-    sender, receiver = make_pool(dtype), make_pool(dtype)
-    k, v = make_kv(sender, 11)
-    sender.write(0, sender.table(source), 2, k, v)
-    parts = sender.read_bytes(0, sender.table(source), 2, 13)
-    payload = b"".join(parts)
-    assert len(payload) == 11 * sender.num_bytes_per_token
-    # An odd offset, as in a message where a header of any length stands before the payload.
-    received = memoryview(b"x" + payload)[1:]
-    receiver.write_bytes(0, receiver.table(target), 2, 11, received)
-    k_read, v_read = receiver.read(0, receiver.table(target), 2, 13)
-    assert torch.equal(k_read, k)
-    assert torch.equal(v_read, v)
-
-
 def test_writing_a_sequence_leaves_the_pages_of_others_alone() -> None:
     pool = make_pool("float32")
     others = pool.table((0, 3, 4, 6))

@@ -16,7 +16,7 @@ import grpc.aio
 import pytest
 import torch
 
-from colm_serve.core import KvLayout, PrefillRequest
+from colm_serve.core import PrefillRequest
 from colm_serve.errors import (
     ColmError,
     DeadlineExceeded,
@@ -24,14 +24,13 @@ from colm_serve.errors import (
     InvalidArgument,
     ResourceExhausted,
 )
-from colm_serve.kv.pool import KvPool
 from colm_serve.prefill_worker.scheduler import PrefillJob
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.transport import kv_frames
 from colm_serve.transport.status import RETRY_AFTER_KEY, from_rpc_error
 from tests.engine.paged import kv_of_whole_model
 from tests.helpers import TINY, make_model_folder, make_prompt, prefill_service
-from tests.worker_clients import STREAM_ID, Answer, PrefillClient, eventually, prefill_client
+from tests.worker_clients import STREAM_ID, PrefillClient, eventually, prefill_client
 
 
 @asynccontextmanager
@@ -43,14 +42,6 @@ async def serving(
         identity = worker.status().kv_identity
         async with prefill_client(service.address, identity, worker.layout) as client:
             yield client, worker
-
-
-def assemble(answer: Answer, layout: KvLayout, num_tokens: int) -> KvPool:
-    """Put frames into a pool of one page."""
-    pool = KvPool(layout, 1, num_tokens)
-    for frame, payload in answer.kv:
-        pool.write_bytes(frame.layer, pool.table([0]), frame.start, frame.num_tokens, payload)
-    return pool
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 128])
@@ -69,7 +60,7 @@ async def test_frames_hold_every_layers_kv_from_ship_from_on(
         assert spans[0][0] == ship_from
         assert spans[-1][1] == 30
         assert all(left[1] == right[0] for left, right in pairwise(spans))
-    pool = assemble(answer, client.layout, 30)
+    pool = answer.in_a_pool(client.layout)
     for layer, (k, v) in kv_of_whole_model(folder, prompt, level=3).items():
         k_read, v_read = pool.read(layer, pool.table([0]), ship_from, 30)
         torch.testing.assert_close(k_read, k[ship_from:], rtol=1e-4, atol=1e-5)
@@ -165,7 +156,7 @@ async def test_a_cached_prefix_is_sent_but_not_computed_again(folder: Path, ship
         status = await client.status()
     assert answer.opening.num_cached_tokens == 64
     assert (status.num_computed_tokens, status.num_cached_tokens) == (100 + 36, 64)
-    pool = assemble(answer, client.layout, 100)
+    pool = answer.in_a_pool(client.layout)
     for layer, (k, v) in kv_of_whole_model(folder, prompt, level=1).items():
         k_read, v_read = pool.read(layer, pool.table([0]), ship_from, 100)
         torch.testing.assert_close(k_read, k[ship_from:], rtol=1e-4, atol=1e-5)
@@ -224,6 +215,7 @@ REFUSALS: list[tuple[str, Callable[[PrefillRequest], PrefillRequest], type[ColmE
     ("token_ids", lambda r: replace(r, tokens=(TINY.vocab_size,)), InvalidArgument),
     ("token_ids", lambda r: replace(r, tokens=(2**32 - 1,)), InvalidArgument),
     ("token_ids", lambda r: replace(r, tokens=(0,) * (TINY.max_context + 1)), InvalidArgument),
+    ("codec", lambda r: replace(r, codec="zip"), InvalidArgument),
     ("ship_from", lambda r: replace(r, ship_from=20), InvalidArgument),
     ("ship_from", lambda r: replace(r, ship_from=2**32 - 1), InvalidArgument),
 ]
@@ -283,7 +275,7 @@ async def test_concurrent_prompts_get_each_their_own_kv(folder: Path) -> None:
     async with serving(folder, chunk_tokens=32) as (client, _):
         results = await asyncio.gather(*(client.frames(client.request(p)) for p in prompts))
     for prompt, answer in zip(prompts, results, strict=True):
-        pool = assemble(answer, client.layout, len(prompt))
+        pool = answer.in_a_pool(client.layout)
         for layer, (k, _v) in kv_of_whole_model(folder, prompt, level=1).items():
             k_read, _ = pool.read(layer, pool.table([0]), 0, len(prompt))
             torch.testing.assert_close(k_read, k, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,6 @@ import torch
 from colm_serve.engine.sparse.pattern_file import HeadPattern, save_patterns
 from colm_serve.engine.sparse.selectors import AShape, BlockSparse, Dense, Selector, VerticalSlash
 from colm_serve.errors import InvalidConfig
-from colm_serve.kv.pool import KvPool
 from tests.engine.paged import kv_of_whole_model
 from tests.helpers import GREEDY, TINY, decode_service, generate_alone, make_prompt, prefill_service
 from tests.worker_clients import decode_client, prefill_client
@@ -33,9 +32,7 @@ async def shipped_keys(folder: Path, prompt: tuple[int, ...], **changes: Any) ->
         identity = worker.kv_identity
         async with prefill_client(service.address, identity, worker.layout) as client:
             answer = await client.frames(client.request(prompt))
-    pool = KvPool(worker.layout, 1, len(prompt))
-    for frame, payload in answer.kv:
-        pool.write_bytes(frame.layer, pool.table([0]), frame.start, frame.num_tokens, payload)
+    pool = answer.in_a_pool(worker.layout)
     return pool.read(TINY.num_layers - 1, pool.table([0]), 0, len(prompt))[0]
 
 

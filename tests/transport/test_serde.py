@@ -65,7 +65,15 @@ decode_requests = st.builds(
     uint32, st.text(),
 )  # fmt: skip
 prefill_requests = st.builds(
-    PrefillRequest, st.text(), tokens, uint32, st.text(), layouts, uint64, st.text()
+    PrefillRequest,
+    st.text(),
+    tokens,
+    uint32,
+    st.text(),
+    layouts,
+    uint64,
+    st.text(),
+    st.text(min_size=1),
 )
 events: st.SearchStrategy[DecodeEvent] = st.one_of(
     st.builds(Admitted, uint32),

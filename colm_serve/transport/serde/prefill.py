@@ -16,6 +16,7 @@ def prefill_request_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequ
         layout=layout_to_proto(request.layout),
         stream_id=request.stream_id,
         cache_salt=request.cache_salt,
+        codec=request.codec,
     )
 
 
@@ -28,6 +29,7 @@ def prefill_request_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRe
         layout=layout_from_proto(message.layout),
         stream_id=message.stream_id,
         cache_salt=message.cache_salt,
+        codec=message.codec or "raw",
     )
 
 

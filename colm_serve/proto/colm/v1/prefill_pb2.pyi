@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "ship_from", "kv_identity", "layout", "stream_id", "cache_salt")
+    __slots__ = ("request_id", "token_ids", "ship_from", "kv_identity", "layout", "stream_id", "cache_salt", "codec")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SHIP_FROM_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class PrefillRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     ship_from: int
@@ -22,7 +23,8 @@ class PrefillRequest(_message.Message):
     layout: _common_pb2.KvLayout
     stream_id: int
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., ship_from: _Optional[int] = ..., kv_identity: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., stream_id: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    codec: str
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., ship_from: _Optional[int] = ..., kv_identity: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., stream_id: _Optional[int] = ..., cache_salt: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class KvFrame(_message.Message):
     __slots__ = ("header", "payload", "digest")
