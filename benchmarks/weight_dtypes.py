@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from decode import CHAINED, Stepper, measure
+from heldout import MODEL, heldout_windows
 from reporting import Row, save, show
 from rich.console import Console
 
@@ -22,11 +22,7 @@ from colm_serve.engine.step import Segment, run_pass
 from colm_serve.model.checkpoint import load_cpu_model
 from colm_serve.model.cpu_model import CpuModel
 from colm_serve.model.transformer import ColmModel
-from colm_serve.training.config import TrainConfig
-from colm_serve.training.corpus import read_corpus
-from colm_serve.training.tokenizer import encode_documents, load_tokenizer
 
-MODEL = Path(__file__).parent.parent / "models" / "stdlib-air"
 DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 WINDOW = 512
 PAGE_SIZE = 16
@@ -51,11 +47,7 @@ def speed(repeats: int) -> list[Row]:
 
 def cost(num_windows: int) -> list[Row]:
     """Held-out loss of each level above that of the same level in fp32, window by window."""
-    config = TrainConfig.load(MODEL / "train.yaml")
-    corpus = read_corpus(None, config.heldout_fraction, config.exclude)
-    tokens = encode_documents(load_tokenizer(MODEL), corpus, corpus.heldout)
-    starts = range(0, len(tokens) - WINDOW - 1, (len(tokens) - WINDOW - 1) // num_windows)
-    windows = [tokens[start : start + WINDOW + 1].astype(int).tolist() for start in starts]
+    windows = heldout_windows(num_windows, WINDOW)
     num_levels = load_cpu_model(MODEL).model.num_chains
     rows = []
     for level in range(1, num_levels + 1):
