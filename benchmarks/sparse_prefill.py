@@ -88,7 +88,7 @@ class Recorder:
         index = self._inner.index(layer, span, q_TQH, pool)
         # Early chunks fit into any budget; the last one sees most.
         if index is not None and span.stop == span.num_prompt_tokens:
-            k_SNH, _ = pool.read(layer, span.table, 0, span.stop)
+            k_SNH = pool.read_keys(layer, span.table, span.stop)
             for head, mass in enumerate(mass_kept(q_TQH, k_SNH, [index])[0].tolist()):
                 self.mass[layer, head].append(mass)
             self.read += keys_read(index, BlockGrid(span.start, span.stop)).tolist()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -42,9 +44,25 @@ def chain_rms_norm(
 
 
 def attend_sparse(q_TQH: Tensor, k_SNH: Tensor, v_SNH: Tensor, index: SparseIndex) -> Tensor:
-    """Attention to the keys of an index; see `kernels.sparse_attention`."""
+    """Attention to the keys of an index; see `kernels.sparse_attention`.
+
+    On CUDA by MInference where that is installed and takes the case, else by our Triton kernel.
+    """
     if _use_triton(q_TQH):
         from colm_serve.kernels.sparse_attention_triton import attend_sparse as on_gpu
 
+        minference = _minference()
+        if minference is not None and minference.can_attend(q_TQH, k_SNH):
+            o_TQH: Tensor = minference.attend_sparse(q_TQH, k_SNH, v_SNH, index)
+            return o_TQH
         return on_gpu(q_TQH, k_SNH, v_SNH, index)
     return sparse_attention.attend_sparse(q_TQH, k_SNH, v_SNH, index)
+
+
+@cache
+def _minference() -> ModuleType | None:
+    try:
+        from colm_serve.kernels import sparse_attention_minference
+    except ImportError:
+        return None
+    return sparse_attention_minference

@@ -106,3 +106,8 @@ class KvPool:
         parts = [self._slots[layer, :, slots] for slots in table.slots(start, stop)]
         k_v = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return k_v[0], k_v[1]
+
+    def read_keys(self, layer: int, table: BlockTable, stop: int) -> Tensor:
+        """Keys of tokens [0, stop), [S, N, H]; a view when neighbours."""
+        parts = [self._slots[layer, 0, slots] for slots in table.slots(0, stop)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

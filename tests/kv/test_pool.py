@@ -60,6 +60,7 @@ def test_read_gives_back_what_was_written(
     k_read, v_read = pool.read(1, table, start, start + num_tokens)
     assert torch.equal(k_read, k)
     assert torch.equal(v_read, v)
+    assert torch.equal(pool.read_keys(1, table, start + num_tokens)[start:], k)
     assert not pool.read(0, table, 0, 16)[0].any(), "another layer was written"
 
 

@@ -117,7 +117,7 @@ class _Trial:
 
     def index(self, layer: int, span: Span, q_TQH: Tensor, pool: KvPool) -> SparseIndex | None:
         if span.stop == self._num_tokens:
-            k_SNH, _ = pool.read(layer, span.table, 0, span.stop)
+            k_SNH = pool.read_keys(layer, span.table, span.stop)
             num_kv_heads = k_SNH.shape[1]
             self.layers.append(
                 [

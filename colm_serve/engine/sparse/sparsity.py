@@ -39,7 +39,7 @@ class SelectedSparsity:
             return None
         if all(isinstance(selector, Dense) for selector in selectors):
             return None
-        k_SNH, _ = pool.read(layer, span.table, 0, span.stop)
+        k_SNH = pool.read_keys(layer, span.table, span.stop)
         return select_keys(selectors, q_TQH, k_SNH, BlockGrid(span.start, span.stop))
 
 
