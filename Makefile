@@ -38,6 +38,8 @@ test: lint typecheck
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill_throughput.py
+	$(BIN)/python benchmarks/prefill_against_transformers.py
+	$(BIN)/python benchmarks/prefill_memory.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/sparse_prefill.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 
 import torch
@@ -45,10 +47,20 @@ def load_for_serving(
     device = pick_device()
     if device.type == "cpu":
         dtype = torch.float32 if weight_dtype == "auto" else _DTYPES[weight_dtype]
-        return load_cpu_model(folder, num_chains, with_head=with_head, weight_dtype=dtype)
+        loaded = load_cpu_model(folder, num_chains, with_head=with_head, weight_dtype=dtype)
+        _return_freed_memory()
+        return loaded
     if weight_dtype not in ("auto", "bfloat16"):
         raise InvalidConfig("decode.weight_dtype", weight_dtype, "auto or bfloat16 on a GPU")
     return load_model(folder, num_chains, with_head=with_head, dtype=torch.bfloat16, device=device)
+
+
+def _return_freed_memory() -> None:
+    # What unpacked weights took: of a chain 1 of 133 MB, 38 MB that glibc would keep.
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def to_serving(model: ColmModel) -> ServingModel:
