@@ -113,6 +113,26 @@ def test_demo_prints_its_tables_and_leaves_nothing() -> None:
     assert not alive
 
 
+def test_a_searched_pattern_file_is_one_that_a_cluster_takes(tmp_path: Path) -> None:
+    patterns = tmp_path / "patterns.json"
+    result = run("search-patterns", str(BUNDLED), "--out", str(patterns), "--tokens", "256")
+    assert result.returncode == 0, result.stderr
+    assert "attention mass kept" in result.stdout
+    config = tmp_path / "cluster.yaml"
+    sparse = {"selector": "minference", "pattern_file": "patterns.json"}
+    config.write_text(yaml.safe_dump({"model": str(BUNDLED), "prefill": {"sparse": sparse}}))
+    mark = uuid.uuid4().hex
+    process = start(mark, "serve", str(config))
+    assert process.stdout is not None
+    assert any("Ctrl-C" in line for line in process.stdout), "it did not come to serve"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT_S) == 0
+    patterns.write_text("[]")
+    result = run("serve", str(config))
+    assert result.returncode == 2
+    assert "a list of 4, an object per layer" in result.stderr
+
+
 def test_a_bad_config_names_the_key(tmp_path: Path) -> None:
     config = tmp_path / "cluster.yaml"
     config.write_text(yaml.safe_dump({"model": str(BUNDLED), "decode": {"max_rows": 0}}))

@@ -54,6 +54,8 @@ class VerticalSlash:
     """The columns and diagonals on which the last queries' attention mass lies.
 
     The columns and slashes that are always kept count among `num_verticals` and `num_slashes`.
+    The estimate scores 64 rows a span against every key: chunks of 2,048 tokens or more keep that
+    small beside the attention itself.
     """
 
     num_verticals: int
