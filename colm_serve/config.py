@@ -133,6 +133,11 @@ class DecodeConfig(WorkerConfig):
     local_prefill_tokens: int = Field(
         default=32, ge=0, description="a missing suffix up to this long is computed here"
     )
+    adaptive_prefill: bool = Field(
+        default=True,
+        description="compute longer ones here too, whole or in part, where measured speeds and "
+        "queues make that the least delay; else only when no prefill worker can",
+    )
     frame_timeout_s: Seconds = Field(
         default=10.0,
         description="a prefill worker that sends nothing for so long is left; while it is busy "

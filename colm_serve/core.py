@@ -175,6 +175,7 @@ class DecodeRequest:
 
     The last `num_resumed_tokens` of the prompt are output that another worker made before.
     Cached keys and values are shared with requests of the same `cache_salt` only.
+    The first token is due in `ttft_s` seconds, if it is due at all.
     """
 
     request_id: str
@@ -185,6 +186,7 @@ class DecodeRequest:
     kv_identity: str
     num_resumed_tokens: int = 0
     cache_salt: str = ""
+    ttft_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class PrefillRequest:
 
     `stream_id`, 64 random bits, ties the frames of the answer to this call; `codec` names one of
     `transport.codecs`. Cached keys and values are shared with requests of the same `cache_salt`
-    only.
+    only. The first token is due in `ttft_s` seconds, if it is due at all.
     """
 
     request_id: str
@@ -211,6 +213,7 @@ class PrefillRequest:
     stream_id: int
     cache_salt: str = ""
     codec: str = "raw"
+    ttft_s: float | None = None
 
 
 @dataclass(frozen=True)

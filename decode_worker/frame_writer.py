@@ -34,6 +34,11 @@ class FrameWriter:
         self._num_frames = 0
 
     @property
+    def stop(self) -> int:
+        """The number of tokens once the stream has been taken to its end."""
+        return self._stop
+
+    @property
     def num_complete(self) -> int:
         """Tokens [0, this) have their keys and values in every layer."""
         return min(self._next)

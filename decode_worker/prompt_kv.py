@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -19,6 +22,8 @@ import grpc.aio
 from colm_serve.core import KvLayout, PrefillPeer, PrefillRequest
 from colm_serve.decode_worker.codec_choice import CodecChoice, Transfer
 from colm_serve.decode_worker.frame_writer import FrameWriter
+from colm_serve.decode_worker.peer_speeds import StreamMeter
+from colm_serve.decode_worker.prefill_planner import PrefillPlanner
 from colm_serve.decode_worker.sequence import Sequence
 from colm_serve.errors import ColmError, DataLoss, DeadlineExceeded
 from colm_serve.kv.pool import KvPool
@@ -26,7 +31,7 @@ from colm_serve.proto.colm.v1 import prefill_pb2
 from colm_serve.transport import serde
 from colm_serve.transport.channel import ChannelCache
 from colm_serve.transport.codecs import CODECS, GROUP_TOKENS, get_codec
-from colm_serve.transport.kv_frames import EndFrame, Frame
+from colm_serve.transport.kv_frames import EndFrame, Frame, KvFrame, OpenFrame
 from colm_serve.transport.status import from_rpc_error
 
 logger = logging.getLogger(__name__)
@@ -55,6 +60,7 @@ class PromptFetcher:
         channels: ChannelCache,
         frame_timeout_s: float,
         kv_codec: str,
+        planner: PrefillPlanner,
     ) -> None:
         self._pool = pool
         self._layout = layout
@@ -63,23 +69,30 @@ class PromptFetcher:
         self._frame_timeout_s = frame_timeout_s
         names = CODECS if kv_codec == "auto" else (kv_codec,)
         self._codecs = CodecChoice({name: _bytes_per_token(name, layout) for name in names})
+        self._planner = planner
         # Checking and copying frames is work; the event loop does none.
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
 
     def close(self) -> None:
         self._writers.shutdown()
 
-    async def fetch(self, sequence: Sequence) -> None:
-        """Ask the request's prefill workers in turn until no token is missing.
+    async def fetch(self, sequence: Sequence, due: float | None = None) -> None:
+        """Ask the request's prefill workers in turn until all that is best shipped is here.
 
-        What one worker had delivered before it failed or refused is kept. When all have failed
-        some tokens are still missing: `sequence.num_missing` says how many.
+        The first token is due when `time.perf_counter` says `due`.
+
+        What one worker had delivered before it failed or refused is kept. When all have failed,
+        or computing here is cheaper, some tokens are still missing: `sequence.num_missing` says
+        how many.
         """
         for peer in sequence.request.prefill_peers:
             if sequence.num_missing == 0:
                 return
+            if not self._planner.is_asking_worthwhile(peer.address, sequence):
+                continue
             try:
-                await self._fetch_from(peer, sequence)
+                await self._fetch_from(peer, sequence, due)
+                return
             except (grpc.aio.AioRpcError, ColmError) as error:
                 cause = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
                 logger.warning(
@@ -87,7 +100,7 @@ class PromptFetcher:
                     sequence.request.request_id, peer.address, sequence.num_missing, cause,
                 )  # fmt: skip
 
-    async def _fetch_from(self, peer: PrefillPeer, sequence: Sequence) -> None:
+    async def _fetch_from(self, peer: PrefillPeer, sequence: Sequence, due: float | None) -> None:
         request = PrefillRequest(
             request_id=sequence.request.request_id,
             tokens=tuple(sequence.tokens[: sequence.num_prefill]),
@@ -97,6 +110,7 @@ class PromptFetcher:
             stream_id=secrets.randbits(64),
             cache_salt=sequence.request.cache_salt,
             codec=self._codecs.choose(peer.address),
+            ttft_s=None if due is None else max(0.0, due - time.perf_counter()),
         )
         writer = FrameWriter(self._pool, self._pool.table(sequence.pages), request, peer.epoch)
         channel = await self._channels.get(peer.address)
@@ -106,9 +120,11 @@ class PromptFetcher:
             response_deserializer=_as_is,
         )
         transfer = Transfer(len(request.tokens))
+        meter = self._planner.meter(peer.address, time.perf_counter())
+        ship_until = partial(self._planner.ship_until, peer.address, sequence)
         call = prefill(serde.prefill_request_to_proto(request))
         try:
-            await self._receive(call, writer, transfer)
+            await self._receive(call, writer, transfer, meter, ship_until)
             self._codecs.learn(peer.address, transfer)
         finally:
             # A cancelled or failed stream ends here, on both sides; nothing outlives the call.
@@ -121,7 +137,11 @@ class PromptFetcher:
         call: grpc.aio.UnaryStreamCall[Any, bytes],
         writer: FrameWriter,
         transfer: Transfer,
+        meter: StreamMeter,
+        ship_until: Callable[[OpenFrame], int],
     ) -> None:
+        """Take frames to the end of the stream, or up to the token that the opening calls for."""
+        stop = math.inf
         while True:
             try:
                 message = await asyncio.wait_for(call.read(), self._frame_timeout_s)
@@ -130,8 +150,19 @@ class PromptFetcher:
             if not isinstance(message, bytes):
                 raise DataLoss("KV stream ended without its end frame")
             frame = await self._write(writer, message)
-            transfer.take(frame, len(message), time.perf_counter())
-            if isinstance(frame, EndFrame):
+            now = time.perf_counter()
+            transfer.take(frame, len(message), now)
+            match frame:
+                case OpenFrame():
+                    meter.opened(frame.num_cached_tokens, now)
+                    wanted = ship_until(frame)
+                    # What is wanted whole is taken to its end frame.
+                    stop = wanted if wanted < writer.stop else math.inf
+                case KvFrame(_, layer, start, num_tokens):
+                    meter.received(layer, start, num_tokens, now)
+                case EndFrame():
+                    return
+            if writer.num_complete >= stop:
                 return
 
     async def _write(self, writer: FrameWriter, message: bytes) -> Frame:

@@ -72,6 +72,12 @@ class DecodeScheduler:
             return False  # Everyone had a turn and waits for KV that is on the way.
         return bool(self._running or self._prefilling or self._waiting)
 
+    def num_tokens_before(self, sequence: Sequence) -> int:
+        """Tokens of other prompts that are computed while all of this one's would be."""
+        most = sequence.num_missing
+        others = (other for other in self._prefilling if other is not sequence)
+        return sum(min(other.num_missing, most) for other in others)
+
     def num_running(self, num_levels: int) -> tuple[int, ...]:
         """Running sequences by level, level 1 first."""
         counts = [0] * num_levels

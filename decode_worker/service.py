@@ -11,6 +11,7 @@ import grpc.aio
 
 from colm_serve.config import DecodeConfig, TlsConfig
 from colm_serve.decode_worker.grammars import GrammarQueue
+from colm_serve.decode_worker.prefill_planner import PrefillPlanner
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.session import DecodeSession
 from colm_serve.decode_worker.worker import DecodeWorker
@@ -47,6 +48,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self._channels,
             self._config.frame_timeout_s,
             self._config.kv_codec,
+            PrefillPlanner(self._worker.local_load, self._worker.layout.num_layers),
         )
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, self._server)
         await add_health(self._server)

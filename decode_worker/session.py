@@ -61,6 +61,8 @@ class DecodeSession:
                 thread failed.
         """
         loop = asyncio.get_running_loop()
+        ttft_s = self._request.ttft_s
+        due = None if ttft_s is None else time.perf_counter() + ttft_s
         grammar = await self._grammars.compile(self._request.sampling)
         sequence = self._sequence = self._worker.admit(
             self._request,
@@ -73,7 +75,7 @@ class DecodeSession:
         try:
             yield Admitted(sequence.num_cached)
             begin = time.perf_counter()
-            await self._get_kv(sequence)
+            await self._get_kv(sequence, due)
             num_shipped = sequence.num_shipped
             while not isinstance(item := await self._next(), FinishReason):
                 match item:
@@ -97,10 +99,10 @@ class DecodeSession:
         finally:
             self._worker.release(sequence)
 
-    async def _get_kv(self, sequence: Sequence) -> None:
+    async def _get_kv(self, sequence: Sequence, due: float | None = None) -> None:
         """Fill the sequence's pages, at first with its prompt, later with its output too."""
         if sequence.num_missing > self._local_prefill_tokens and not sequence.is_scoring:
-            await self._fetcher.fetch(sequence)
+            await self._fetcher.fetch(sequence, due)
         self._worker.begin(sequence)
 
     async def _next(

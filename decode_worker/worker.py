@@ -21,6 +21,8 @@ from colm_serve.core import (
     ScoredPrompt,
     TokenLogprob,
 )
+from colm_serve.decode_worker.peer_speeds import Rate
+from colm_serve.decode_worker.prefill_plan import LocalLoad
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.decode_worker.sequence import Sequence, Stage
 from colm_serve.decode_worker.speculation import Speculation, Step
@@ -72,7 +74,7 @@ class DecodeWorker:
         self._speculation = Speculation(
             loaded.model, self.pool, self._step_cost, config.speculation
         )
-        self._prefill_tokens_per_s = 0.0
+        self._prefill_rate = Rate()
         self._ledger = PageLedger(config.num_pages)
         self._scheduler = DecodeScheduler(
             self._ledger,
@@ -160,6 +162,17 @@ class DecodeWorker:
             self._scheduler.cancel(sequence)
             self._compute.lock.notify()
 
+    def local_load(self, sequence: Sequence) -> LocalLoad:
+        """What computing the tokens that the sequence lacks would cost, if that may be chosen."""
+        with self._compute.lock:
+            num_rows = sum(self._scheduler.num_running(self._model.num_chains))
+            is_known = self._config.adaptive_prefill
+            return LocalLoad(
+                tokens_per_s=self._prefill_rate.per_s if is_known else None,
+                num_queued_tokens=self._scheduler.num_tokens_before(sequence),
+                num_rows=num_rows,
+            )
+
     def check_alive(self) -> None:
         """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
         self._compute.check_alive()
@@ -178,7 +191,7 @@ class DecodeWorker:
                 num_pages=self._ledger.num_pages,
                 page_size=self._config.page_size,
                 step_cost=self._step_cost,
-                prefill_tokens_per_s=self._prefill_tokens_per_s,
+                prefill_tokens_per_s=self._prefill_rate.per_s or 0.0,
                 expected_output_tokens=self._config.expected_output_tokens,
                 num_preemptions=self._scheduler.num_preemptions,
                 num_drafted=self._speculation.num_drafted,
@@ -252,8 +265,8 @@ class DecodeWorker:
         scores = run_pass(self._model, self.pool, segments)
         sampled = self._speculation.sample(steps, scores)
         if chunks:
-            pass_s = time.perf_counter() - begin
-            self._prefill_tokens_per_s = sum(chunk.num_tokens for chunk in chunks) / pass_s
+            num_tokens = sum(chunk.num_tokens for chunk in chunks)
+            self._prefill_rate.add(num_tokens, time.perf_counter() - begin)
         return sampled
 
     def _score_prompts(

@@ -110,6 +110,13 @@ class PrefillScheduler:
         """Tokens still to be computed, of all jobs."""
         return sum(job.num_left for jobs in (self._waiting, self._running) for job in jobs)
 
+    def num_tokens_before(self, job: PrefillJob) -> int:
+        """Tokens of other prompts that are computed before all of this one's are."""
+        others = (j for jobs in (self._waiting, self._running) for j in jobs if j is not job)
+        if job in self._waiting:
+            return sum(other.num_left for other in others)
+        return sum(min(other.num_left, job.num_left) for other in others)
+
     def submit(self, request: PrefillRequest, deadline: float | None = None) -> PrefillJob:
         """Queue a job whose keys and values are wanted by `deadline`.
 

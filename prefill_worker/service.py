@@ -80,7 +80,7 @@ class PrefillService:
         try:
             request = serde.prefill_request_from_proto(message)
             async with asyncio.timeout(self._config.max_request_s):
-                async with aclosing(self._frames(request)) as frames:
+                async with aclosing(self._frames(request, context.time_remaining())) as frames:
                     async for frame in frames:
                         await self._send(frame, context)
         except TimeoutError:
@@ -98,11 +98,13 @@ class PrefillService:
         except TimeoutError as error:
             raise DeadlineExceeded(f"the receiver took no frame for {timeout_s} s") from error
 
-    async def _frames(self, request: PrefillRequest) -> AsyncGenerator[bytes]:
+    async def _frames(
+        self, request: PrefillRequest, remaining_s: float | None
+    ) -> AsyncGenerator[bytes]:
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[JobNews] = asyncio.Queue()
         job = self._worker.submit(
-            request, lambda item: loop.call_soon_threadsafe(news.put_nowait, item)
+            request, lambda item: loop.call_soon_threadsafe(news.put_nowait, item), remaining_s
         )
         try:
             packer = FramePacker(self._worker, job)

@@ -122,8 +122,12 @@ class PrefillWorker:
         """Prompt tokens computed since the start, for metrics and tests."""
         return self._num_computed_tokens
 
-    def submit(self, request: PrefillRequest, sink: JobSink) -> PrefillJob:
+    def submit(
+        self, request: PrefillRequest, sink: JobSink, remaining_s: float | None = None
+    ) -> PrefillJob:
         """Check and queue a request; `sink` hears of its progress until `finish`.
+
+        It is wanted before its first token is due, and before the call ends in `remaining_s`.
 
         Raises:
             Incompatible: the caller has other weights or another KV layout.
@@ -134,10 +138,12 @@ class PrefillWorker:
         self._check(request)
         with self._compute.lock:
             self._compute.check_accepting()
-            num_queued_tokens = self._scheduler.num_queued_tokens
-            job = self._scheduler.submit(request)
+            limits = [s for s in (request.ttft_s, remaining_s) if s is not None]
+            deadline = time.perf_counter() + min(limits) if limits else None
+            job = self._scheduler.submit(request, deadline)
             self._watches[job] = _Watch(sink)
-            sink(Accepted(job.num_cached, num_queued_tokens, self._tokens_per_s))
+            num_before = self._scheduler.num_tokens_before(job)
+            sink(Accepted(job.num_cached, num_before, self._tokens_per_s))
             self._announce_cached()
             self._compute.lock.notify()
             return job

@@ -69,6 +69,13 @@ class RunningRequest:
         """Seconds until the deadline; negative past it."""
         return self.checked.deadline_s - self.lifecycle.age_s()
 
+    @property
+    def _remaining_ttft_s(self) -> float | None:
+        """Seconds until the first token is due, if it is still to come and there is a target."""
+        if self.checked.ttft_s is None or self.is_resuming:
+            return None
+        return max(0.0, self.checked.ttft_s - self.lifecycle.age_s())
+
     def facts(self) -> RequestFacts:
         """What a policy is to place: what is left of the request.
 
@@ -113,6 +120,7 @@ class RunningRequest:
             kv_identity=self._model.kv_identity,
             num_resumed_tokens=len(self._output),
             cache_salt=self.checked.cache_salt,
+            ttft_s=self._remaining_ttft_s,
         )
         return request, Work(placement.level, len(prompt), max_tokens, self.checked.tpot_s)
 

@@ -152,8 +152,13 @@ def decode_service(
     **changes: object,
 ) -> Iterator[tuple[DecodeService, DecodeWorker]]:
     """A real decode worker on a free port, in this process."""
-    # Whether drafts pay is measured, and tests count steps.
-    base = {"kv_tokens": 8192, "local_prefill_tokens": 0, "speculation": {"enabled": False}}
+    # Whether drafts pay is measured, and tests count steps; likewise where a prompt is computed.
+    base = {
+        "kv_tokens": 8192,
+        "local_prefill_tokens": 0,
+        "adaptive_prefill": False,
+        "speculation": {"enabled": False},
+    }
     config = DecodeConfig.model_validate({**base, **changes})
     loaded = load_for_serving(folder, num_chains=None, with_head=True)
     worker = DecodeWorker(loaded, config, f"decode-{epoch}", epoch)

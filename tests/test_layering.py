@@ -38,6 +38,8 @@ PURE = (
     "prefill_worker/scheduler.py",
     "decode_worker/codec_choice.py",
     "decode_worker/pages.py",
+    "decode_worker/peer_speeds.py",
+    "decode_worker/prefill_plan.py",
     "decode_worker/scheduler.py",
     "decode_worker/sequence.py",
     "decode_worker/turn.py",

@@ -236,8 +236,10 @@ class PrefillClient:
             "a request", tokens, ship_from, self.kv_identity, self.layout, stream_id=STREAM_ID
         )
 
-    def open(self, request: PrefillRequest) -> grpc.aio.UnaryStreamCall[Any, bytes]:
-        return self._prefill(serde.prefill_request_to_proto(request))
+    def open(
+        self, request: PrefillRequest, timeout_s: float | None = None
+    ) -> grpc.aio.UnaryStreamCall[Any, bytes]:
+        return self._prefill(serde.prefill_request_to_proto(request), timeout=timeout_s)
 
     async def messages(self, request: PrefillRequest) -> list[bytes]:
         """Every message of a Prefill call, as it was on the wire."""

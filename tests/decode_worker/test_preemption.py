@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from colm_serve.core import Decoded, DecodeRequest
 from colm_serve.decode_worker.grammars import GrammarQueue
+from colm_serve.decode_worker.prefill_planner import PrefillPlanner
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.session import DecodeSession
 from colm_serve.errors import ResourceExhausted
@@ -73,7 +74,10 @@ async def run_all(folder: Path, seed: int, num_requests: int, **config: Any) -> 
     random = Random(seed)
     workloads = [Workload.make(random) for _ in range(num_requests)]
     with decode_service(folder, **config) as (_, worker):
-        fetcher = PromptFetcher(worker.pool, worker.layout, "", ChannelCache(None), 1.0, "raw")
+        planner = PrefillPlanner(worker.local_load, worker.layout.num_layers)
+        fetcher = PromptFetcher(
+            worker.pool, worker.layout, "", ChannelCache(None), 1.0, "raw", planner
+        )
         grammars = GrammarQueue(worker.grammars)
 
         def make_session(request: DecodeRequest) -> DecodeSession:

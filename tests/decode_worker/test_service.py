@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 
-from colm_serve.core import Decoded, FinishReason, PrefillPeer, SamplingParams
+from colm_serve.core import (
+    Decoded,
+    FinishReason,
+    PrefillPeer,
+    PrefillRequest,
+    SamplingParams,
+)
 from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.errors import (
     ColmError,
@@ -23,6 +29,7 @@ from colm_serve.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from colm_serve.prefill_worker.scheduler import PrefillJob
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.proto.colm.v1 import decode_pb2
 from colm_serve.transport import kv_frames, serde
@@ -324,6 +331,26 @@ async def test_a_short_rest_is_computed_here_although_there_is_a_prefill_worker(
         long = await c.decode.generate(make_prompt(34, seed=3), 2, GREEDY, c.prefill)
         assert c.prefill_worker.num_computed_tokens == 33
     assert (short.num_shipped, long.num_shipped) == (0, 33)
+
+
+async def test_a_prefill_worker_hears_when_the_first_token_is_due(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(folder) as c:
+        heard = []
+        submit = c.prefill_worker.submit
+
+        def submit_and_tell(request: PrefillRequest, *others: Any) -> PrefillJob:
+            heard.append(request.ttft_s)
+            return submit(request, *others)
+
+        monkeypatch.setattr(c.prefill_worker, "submit", submit_and_tell)
+        for ttft_s in (None, 60.0):
+            request = c.decode.request(make_prompt(50, seed=len(heard)), 1, GREEDY, c.prefill)
+            await (await c.decode.open(replace(request, ttft_s=ttft_s))).rest()
+    assert heard[0] is None
+    assert heard[1] is not None
+    assert 50 < heard[1] < 60, "what is left of it"
 
 
 async def test_a_dead_prefill_worker_costs_only_the_way_to_the_spare(folder: Path) -> None:

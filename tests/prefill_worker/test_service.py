@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -187,6 +188,36 @@ async def test_tenants_of_different_salts_share_nothing(folder: Path) -> None:
             answer = await client.frames(request)
             assert answer.opening.num_cached_tokens == 0
         assert worker.num_computed_tokens == 3 * 32
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "timeout_s", "expected_s"),
+    [(None, None, None), (5, None, 5), (None, 20, 20), (5, 20, 5), (30, 20, 20)],
+)
+async def test_a_prompt_is_due_with_its_first_token_or_the_calls_end(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ttft_s: float | None,
+    timeout_s: float | None,
+    expected_s: float | None,
+) -> None:
+    async with serving(folder) as (client, worker):
+        jobs = []
+        submit = worker.submit
+
+        def submit_and_tell(*arguments: Any) -> PrefillJob:
+            jobs.append(submit(*arguments))
+            return jobs[-1]
+
+        monkeypatch.setattr(worker, "submit", submit_and_tell)
+        begin = time.perf_counter()
+        request = replace(client.request(make_prompt(20)), ttft_s=ttft_s)
+        await read_all(client.open(request, timeout_s))
+    (job,) = jobs
+    if expected_s is None:
+        assert job.deadline is None
+    else:
+        assert job.deadline == pytest.approx(begin + expected_s, abs=3)
 
 
 async def test_the_last_layer_stops_after_keys_and_values(folder: Path) -> None:

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from colm_serve.client import Finished, GenerationEvent, Started, Token
+from colm_serve.config import SlaClass
 from colm_serve.core import FinishReason
 from tests.router.cluster import MODEL, ScriptedCluster, scripted_cluster, until_closed
 from tests.router.scripted import Script, continuation
@@ -46,6 +47,16 @@ async def test_a_generation_is_started_tokens_finished(tmp_path: Path) -> None:
         assert finished.timings.ttft_s > 0
         assert len(events) == 7
         assert cluster.worker.requests[0].request_id == events[0].request_id
+
+
+async def test_a_worker_hears_when_the_first_token_is_due(tmp_path: Path) -> None:
+    classes = {"default": SlaClass(), "chat": SlaClass(ttft_ms=60_000)}
+    async with scripted_cluster(tmp_path, sla_classes=classes) as cluster:
+        await generate(cluster, token_ids=PROMPT, max_tokens=5)
+        await generate(cluster, token_ids=PROMPT, max_tokens=5, sla_class="chat")
+        never, soon = (request.ttft_s for request in cluster.worker.requests)
+    assert never is None
+    assert soon == pytest.approx(60, abs=10)
 
 
 async def test_events_carry_the_text(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ timings = st.builds(StageTimings, seconds, seconds, seconds, seconds)
 peers = st.builds(PrefillPeer, st.text(), st.none() | uint64)
 decode_requests = st.builds(
     DecodeRequest, st.text(), tokens, uint32, samplings, st.lists(peers).map(tuple), st.text(),
-    uint32, st.text(),
+    uint32, st.text(), st.none() | seconds,
 )  # fmt: skip
 prefill_requests = st.builds(
     PrefillRequest,
@@ -74,6 +74,7 @@ prefill_requests = st.builds(
     uint64,
     st.text(),
     st.text(min_size=1),
+    st.none() | seconds,
 )
 events: st.SearchStrategy[DecodeEvent] = st.one_of(
     st.builds(Admitted, uint32),

@@ -17,6 +17,7 @@ def prefill_request_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequ
         stream_id=request.stream_id,
         cache_salt=request.cache_salt,
         codec=request.codec,
+        ttft_s=request.ttft_s,
     )
 
 
@@ -30,6 +31,7 @@ def prefill_request_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRe
         stream_id=message.stream_id,
         cache_salt=message.cache_salt,
         codec=message.codec or "raw",
+        ttft_s=message.ttft_s if message.HasField("ttft_s") else None,
     )
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "ship_from", "kv_identity", "layout", "stream_id", "cache_salt", "codec")
+    __slots__ = ("request_id", "token_ids", "ship_from", "kv_identity", "layout", "stream_id", "cache_salt", "codec", "ttft_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SHIP_FROM_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class PrefillRequest(_message.Message):
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     ship_from: int
@@ -24,7 +25,8 @@ class PrefillRequest(_message.Message):
     stream_id: int
     cache_salt: str
     codec: str
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., ship_from: _Optional[int] = ..., kv_identity: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., stream_id: _Optional[int] = ..., cache_salt: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
+    ttft_s: float
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., ship_from: _Optional[int] = ..., kv_identity: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., stream_id: _Optional[int] = ..., cache_salt: _Optional[str] = ..., codec: _Optional[str] = ..., ttft_s: _Optional[float] = ...) -> None: ...
 
 class KvFrame(_message.Message):
     __slots__ = ("header", "payload", "digest")
