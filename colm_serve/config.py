@@ -149,6 +149,11 @@ class DecodeConfig(WorkerConfig):
         "smaller; auto is raw while the transfer hides behind the prefill, else the mildest that "
         "would",
     )
+    shared_memory: bool = Field(
+        default=True,
+        description="prefill workers on the same machine, of the same user and PID namespace, put "
+        "K and V into memory that both map, with TLS as well: they do not leave the machine",
+    )
     weight_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
         description="how matrices are kept: auto is float32 on a CPU and bfloat16 on a GPU; the "

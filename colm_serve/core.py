@@ -197,12 +197,26 @@ class MoveLevel:
 
 
 @dataclass(frozen=True)
+class SegmentName:
+    """Where a process of the same machine finds shared memory; `transport.shared_memory`.
+
+    It is file `fd` of process `pid`, holds a ring of `ring_bytes` and begins with `nonce`.
+    """
+
+    pid: int
+    fd: int
+    ring_bytes: int
+    nonce: int
+
+
+@dataclass(frozen=True)
 class PrefillRequest:
     """What a decode worker asks of a prefill worker: KV of tokens [ship_from, len(tokens)).
 
     `stream_id`, 64 random bits, ties the frames of the answer to this call; `codec` names one of
     `transport.codecs`. Cached keys and values are shared with requests of the same `cache_salt`
     only. The first token is due in `ttft_s` seconds, if it is due at all.
+    Payloads may come through `segment`, if the worker can open it.
     """
 
     request_id: str
@@ -214,6 +228,7 @@ class PrefillRequest:
     cache_salt: str = ""
     codec: str = "raw"
     ttft_s: float | None = None
+    segment: SegmentName | None = None
 
 
 @dataclass(frozen=True)

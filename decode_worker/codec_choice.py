@@ -32,7 +32,7 @@ class Transfer:
     _begin: float | None = None
 
     def take(self, frame: Frame, num_bytes: int, now: float) -> None:
-        """Count a frame that came, in a message of `num_bytes`, at `now` seconds of some clock."""
+        """Count a frame that came at `now` seconds of some clock, with `num_bytes` of payload."""
         match frame:
             case OpenFrame():
                 self.num_tokens -= frame.num_cached_tokens

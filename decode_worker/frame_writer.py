@@ -7,7 +7,15 @@ from colm_serve.errors import DataLoss, Incompatible, Unavailable
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.transport import kv_frames
 from colm_serve.transport.codecs import get_codec
-from colm_serve.transport.kv_frames import EndFrame, Frame, KvFrame, OpenFrame
+from colm_serve.transport.kv_frames import (
+    MESSAGE,
+    SHARED_MEMORY,
+    EndFrame,
+    Frame,
+    KvFrame,
+    OpenFrame,
+)
+from colm_serve.transport.shared_memory import ReceivingSegment
 
 
 class FrameWriter:
@@ -17,17 +25,25 @@ class FrameWriter:
     """
 
     def __init__(
-        self, pool: KvPool, table: BlockTable, request: PrefillRequest, epoch: int | None = None
+        self,
+        pool: KvPool,
+        table: BlockTable,
+        request: PrefillRequest,
+        epoch: int | None = None,
+        segment: ReceivingSegment | None = None,
     ) -> None:
         """
         Args:
             table: the pages of the request's tokens.
             epoch: of the worker that was asked, where known.
+            segment: the one that the request names.
         """
         self._pool = pool
         self._table = table
         self._request = request
         self._epoch = epoch
+        self._segment = segment
+        self._is_shared = False
         self._codec = get_codec(request.codec)
         self._stop = len(request.tokens)
         self._next = [request.ship_from] * request.layout.num_layers
@@ -42,6 +58,12 @@ class FrameWriter:
     def num_complete(self) -> int:
         """Tokens [0, this) have their keys and values in every layer."""
         return min(self._next)
+
+    def num_payload_bytes(self, frame: Frame) -> int:
+        """What the payload of a frame has, by whatever path."""
+        if not isinstance(frame, KvFrame):
+            return 0
+        return self._codec.num_bytes(self._request.layout, frame.num_tokens)
 
     def accept(self, message: bytes) -> Frame:
         """Take the next message, and say which frame it was: an EndFrame is the last.
@@ -59,7 +81,7 @@ class FrameWriter:
             case OpenFrame():
                 self._check_opening(frame)
             case KvFrame():
-                self._write(frame, payload)
+                self._take(frame, payload)
             case EndFrame() if self.num_complete != self._stop:
                 raise DataLoss(
                     f"KV stream ended with {self.num_complete} of {self._stop} tokens complete"
@@ -75,10 +97,19 @@ class FrameWriter:
             ("kv_identity", request.kv_identity, frame.kv_identity),
             ("layout", request.layout, frame.layout),
             ("codec", request.codec, frame.codec),
-            ("path", "message", frame.path),
         ):
             if theirs != ours:
                 raise Incompatible(f"{field}: asked for {ours!r}, the worker sends {theirs!r}")
+        self._is_shared = frame.path == SHARED_MEMORY
+        if frame.path not in (MESSAGE, SHARED_MEMORY) or self._is_shared > bool(self._segment):
+            raise Incompatible(f"path: the worker sends by {frame.path!r}, which was not offered")
+
+    def _take(self, frame: KvFrame, payload: memoryview) -> None:
+        if self._segment is None or not self._is_shared:
+            self._write(frame, payload)
+        else:
+            self._write(frame, self._segment.take(payload))
+            self._segment.free(payload)
 
     def _write(self, frame: KvFrame, payload: memoryview) -> None:
         if frame.layer >= len(self._next):
@@ -89,10 +120,9 @@ class FrameWriter:
                 f"KV frame of tokens [{frame.start}, {frame.start + frame.num_tokens}) in layer "
                 f"{frame.layer}; expected from {expected}, up to {self._stop}"
             )
-        layout = self._request.layout
-        wanted = self._codec.num_bytes(layout, frame.num_tokens)
+        wanted = self.num_payload_bytes(frame)
         if payload.nbytes != wanted:
             raise DataLoss(f"KV frame payload of {payload.nbytes} bytes; expected {wanted}")
-        k_SNH, v_SNH = self._codec.decode(payload, layout, frame.num_tokens)
+        k_SNH, v_SNH = self._codec.decode(payload, self._request.layout, frame.num_tokens)
         self._pool.write(frame.layer, self._table, frame.start, k_SNH, v_SNH)
         self._next[frame.layer] += frame.num_tokens

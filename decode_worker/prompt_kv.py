@@ -32,10 +32,13 @@ from colm_serve.transport import serde
 from colm_serve.transport.channel import ChannelCache
 from colm_serve.transport.codecs import CODECS, GROUP_TOKENS, get_codec
 from colm_serve.transport.kv_frames import EndFrame, Frame, KvFrame, OpenFrame
+from colm_serve.transport.shared_memory import ReceivingSegment
 from colm_serve.transport.status import from_rpc_error
 
 logger = logging.getLogger(__name__)
 
+#: A few frames; more of it would only be touched for the first time more often.
+RING_BYTES = 8 * 1024 * 1024
 PREFILL_METHOD = "/colm.v1.PrefillService/Prefill"
 
 
@@ -61,6 +64,8 @@ class PromptFetcher:
         frame_timeout_s: float,
         kv_codec: str,
         planner: PrefillPlanner,
+        *,
+        use_shared_memory: bool = False,
     ) -> None:
         self._pool = pool
         self._layout = layout
@@ -70,6 +75,7 @@ class PromptFetcher:
         names = CODECS if kv_codec == "auto" else (kv_codec,)
         self._codecs = CodecChoice({name: _bytes_per_token(name, layout) for name in names})
         self._planner = planner
+        self._use_shared_memory = use_shared_memory
         # Checking and copying frames is work; the event loop does none.
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
 
@@ -101,6 +107,30 @@ class PromptFetcher:
                 )  # fmt: skip
 
     async def _fetch_from(self, peer: PrefillPeer, sequence: Sequence, due: float | None) -> None:
+        segment = self._make_segment()
+        try:
+            await self._fetch_through(segment, peer, sequence, due)
+        finally:
+            if segment is not None:
+                segment.close()
+
+    def _make_segment(self) -> ReceivingSegment | None:
+        """Whether the worker is on this machine, it finds out: see `transport.shared_memory`."""
+        if not self._use_shared_memory:
+            return None
+        try:
+            return ReceivingSegment(RING_BYTES)
+        except OSError as error:
+            logger.warning("no shared memory for KV, which comes in messages then: %s", error)
+            return None
+
+    async def _fetch_through(
+        self,
+        segment: ReceivingSegment | None,
+        peer: PrefillPeer,
+        sequence: Sequence,
+        due: float | None,
+    ) -> None:
         request = PrefillRequest(
             request_id=sequence.request.request_id,
             tokens=tuple(sequence.tokens[: sequence.num_prefill]),
@@ -111,8 +141,10 @@ class PromptFetcher:
             cache_salt=sequence.request.cache_salt,
             codec=self._codecs.choose(peer.address),
             ttft_s=None if due is None else max(0.0, due - time.perf_counter()),
+            segment=None if segment is None else segment.name,
         )
-        writer = FrameWriter(self._pool, self._pool.table(sequence.pages), request, peer.epoch)
+        table = self._pool.table(sequence.pages)
+        writer = FrameWriter(self._pool, table, request, peer.epoch, segment)
         channel = await self._channels.get(peer.address)
         prefill = channel.unary_stream(
             PREFILL_METHOD,
@@ -151,7 +183,7 @@ class PromptFetcher:
                 raise DataLoss("KV stream ended without its end frame")
             frame = await self._write(writer, message)
             now = time.perf_counter()
-            transfer.take(frame, len(message), now)
+            transfer.take(frame, writer.num_payload_bytes(frame), now)
             match frame:
                 case OpenFrame():
                     meter.opened(frame.num_cached_tokens, now)

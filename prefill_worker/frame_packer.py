@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
+from colm_serve.core import PrefillRequest
 from colm_serve.kv.pool import BlockTable
 from colm_serve.prefill_worker.scheduler import PrefillJob
 from colm_serve.prefill_worker.worker import (
@@ -16,7 +18,17 @@ from colm_serve.prefill_worker.worker import (
 )
 from colm_serve.transport import kv_frames
 from colm_serve.transport.codecs import get_codec
-from colm_serve.transport.kv_frames import EndFrame, KvFrame, OpenFrame, WaitFrame
+from colm_serve.transport.kv_frames import (
+    MESSAGE,
+    SHARED_MEMORY,
+    EndFrame,
+    KvFrame,
+    OpenFrame,
+    WaitFrame,
+)
+from colm_serve.transport.shared_memory import SendingSegment
+
+logger = logging.getLogger(__name__)
 
 #: About this many bytes of K and V a message is where gRPC moves them fastest.
 FRAME_BYTES = 1024 * 1024
@@ -27,10 +39,17 @@ class FramePacker:
 
     def __init__(self, worker: PrefillWorker, job: PrefillJob) -> None:
         self._worker = worker
+        self._max_payload_bytes = max(FRAME_BYTES, worker.pool.num_bytes_per_token)
+        self._segment = _open_segment(job.request, 2 * self._max_payload_bytes)
         self._job = job
         self._stream_id = job.request.stream_id
         self._codec = get_codec(job.request.codec)
         self._num_frames = 0
+
+    @property
+    def has_room(self) -> bool:
+        """There is room for the payload of a frame: always, but in shared memory."""
+        return self._segment is None or self._segment.has_room(self._max_payload_bytes)
 
     def packs(
         self, item: Accepted | LayerDone | TurnDone | PromptDone
@@ -57,7 +76,7 @@ class FramePacker:
             kv_identity=self._worker.kv_identity,
             layout=self._worker.layout,
             codec=self._job.request.codec,
-            path="message",
+            path=MESSAGE if self._segment is None else SHARED_MEMORY,
             num_cached_tokens=accepted.num_cached_tokens,
             num_queued_tokens=accepted.num_queued_tokens,
             tokens_per_s=accepted.tokens_per_s,
@@ -74,8 +93,23 @@ class FramePacker:
         stop = frame.start + frame.num_tokens
         k_SNH, v_SNH = self._worker.pool.read(frame.layer, self._table, frame.start, stop)
         parts = self._codec.encode(k_SNH, v_SNH)
+        if self._segment is not None:
+            parts = [memoryview(self._segment.put(parts))]
         return kv_frames.encode(frame, self._stream_id, parts)
 
     @cached_property
     def _table(self) -> BlockTable:
         return self._worker.pool.table(self._job.pages)
+
+
+def _open_segment(request: PrefillRequest, min_ring_bytes: int) -> SendingSegment | None:
+    """The request's segment, if there is one, it can be opened and it is large enough."""
+    name = request.segment
+    if name is None or name.ring_bytes < min_ring_bytes:
+        return None
+    try:
+        return SendingSegment(name)
+    except (OSError, ValueError) as error:
+        # The caller offers it whether or not it knows that it is on this machine.
+        logger.debug("request %s: no shared memory: %s", request.request_id, error)
+        return None

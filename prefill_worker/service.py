@@ -22,6 +22,8 @@ from colm_serve.transport.channel import bind, make_server
 from colm_serve.transport.health import add_health
 from colm_serve.transport.status import abort
 
+#: Room in shared memory comes without notice: it is looked for this often.
+ROOM_INTERVAL_S = 0.0005
 #: Who waits is told that the worker makes progress, but no more often than this.
 WAIT_INTERVAL_S = 0.5
 
@@ -92,11 +94,21 @@ class PrefillService:
     async def _send(self, frame: bytes, context: _Context) -> None:
         # Flow control holds a write back while the receiver is slow; its KV waits in the job's
         # pages, and nobody else waits.
-        timeout_s = self._config.stall_timeout_s
         try:
-            await asyncio.wait_for(context.write(frame), timeout_s)
+            await asyncio.wait_for(context.write(frame), self._config.stall_timeout_s)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the receiver took no frame for {timeout_s} s") from error
+            raise self._stalled() from error
+
+    async def _wait_for_room(self, packer: FramePacker) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._config.stall_timeout_s
+        while not packer.has_room:
+            if loop.time() > deadline:
+                raise self._stalled()
+            await asyncio.sleep(ROOM_INTERVAL_S)
+
+    def _stalled(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the receiver took no frame for {self._config.stall_timeout_s} s")
 
     async def _frames(
         self, request: PrefillRequest, remaining_s: float | None
@@ -117,6 +129,7 @@ class PrefillService:
                 if isinstance(item, TurnDone) and loop.time() < sent + WAIT_INTERVAL_S:
                     continue
                 for pack in packer.packs(item):
+                    await self._wait_for_room(packer)
                     yield await loop.run_in_executor(self._packer, pack)
                     sent = loop.time()
                 if isinstance(item, LayerDone) and item.layer == self._worker.layout.num_layers - 1:

@@ -28,6 +28,9 @@ _DIGEST_BYTES = 8
 
 Buffer = bytes | bytearray | memoryview
 
+#: Paths of payloads: in the messages, or in the segment that the request names.
+MESSAGE, SHARED_MEMORY = "message", "shared_memory"
+
 
 @dataclass(frozen=True)
 class OpenFrame:

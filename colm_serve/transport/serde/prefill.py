@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from colm_serve.core import PrefillRequest, PrefillStatus
+from colm_serve.core import PrefillRequest, PrefillStatus, SegmentName
 from colm_serve.proto.colm.v1 import prefill_pb2
 from colm_serve.transport.serde.common import layout_from_proto, layout_to_proto
 
@@ -18,6 +18,7 @@ def prefill_request_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequ
         cache_salt=request.cache_salt,
         codec=request.codec,
         ttft_s=request.ttft_s,
+        segment=None if request.segment is None else _segment_to_proto(request.segment),
     )
 
 
@@ -32,7 +33,18 @@ def prefill_request_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRe
         cache_salt=message.cache_salt,
         codec=message.codec or "raw",
         ttft_s=message.ttft_s if message.HasField("ttft_s") else None,
+        segment=_segment_from_proto(message.segment) if message.HasField("segment") else None,
     )
+
+
+def _segment_to_proto(name: SegmentName) -> prefill_pb2.SegmentName:
+    return prefill_pb2.SegmentName(
+        pid=name.pid, fd=name.fd, ring_bytes=name.ring_bytes, nonce=name.nonce
+    )
+
+
+def _segment_from_proto(message: prefill_pb2.SegmentName) -> SegmentName:
+    return SegmentName(message.pid, message.fd, message.ring_bytes, message.nonce)
 
 
 def prefill_status_to_proto(status: PrefillStatus) -> prefill_pb2.PrefillStatus:

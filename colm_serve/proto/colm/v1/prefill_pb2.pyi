@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "ship_from", "kv_identity", "layout", "stream_id", "cache_salt", "codec", "ttft_s")
+    __slots__ = ("request_id", "token_ids", "ship_from", "kv_identity", "layout", "stream_id", "cache_salt", "codec", "ttft_s", "segment")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SHIP_FROM_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class PrefillRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     ship_from: int
@@ -26,7 +27,20 @@ class PrefillRequest(_message.Message):
     cache_salt: str
     codec: str
     ttft_s: float
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., ship_from: _Optional[int] = ..., kv_identity: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., stream_id: _Optional[int] = ..., cache_salt: _Optional[str] = ..., codec: _Optional[str] = ..., ttft_s: _Optional[float] = ...) -> None: ...
+    segment: SegmentName
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., ship_from: _Optional[int] = ..., kv_identity: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., stream_id: _Optional[int] = ..., cache_salt: _Optional[str] = ..., codec: _Optional[str] = ..., ttft_s: _Optional[float] = ..., segment: _Optional[_Union[SegmentName, _Mapping]] = ...) -> None: ...
+
+class SegmentName(_message.Message):
+    __slots__ = ("pid", "fd", "ring_bytes", "nonce")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    RING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    ring_bytes: int
+    nonce: int
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., ring_bytes: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
 
 class KvFrame(_message.Message):
     __slots__ = ("header", "payload", "digest")
