@@ -244,7 +244,8 @@ def speed(measured: list[Policy], num_tokens: int, repeats: int) -> list[Row]:
         row = Row.of(f"{num_tokens} tokens, {share:.0%} of the keys read: speed-up over dense",
                      speed_ups, "x", "higher", headline=share in SHARES)  # fmt: skip
         if reaching is not None and share == reaching.read:
-            note = f"the share at which {reaching.mass:.1%} of the bundled model's mass is kept"
+            note = f"what {reaching.mass:.1%} of the bundled model's attention mass needs: at most "
+            note += f"{1 / share:.2f}x, since a tiny model's first layer attends to all alike"
             row = replace(row, target=TARGET_SPEED_UP, note=note, headline=True)
         rows.append(row)
     parts = [a / b for times in choosing.values() for a, b in zip(times, dense, strict=True)]
