@@ -214,10 +214,36 @@ async def test_a_prompt_is_due_with_its_first_token_or_the_calls_end(
         request = replace(client.request(make_prompt(20)), ttft_s=ttft_s)
         await read_all(client.open(request, timeout_s))
     (job,) = jobs
+    assert job.num_sent == 20, "the scheduler hears what the receiver has"
     if expected_s is None:
         assert job.deadline is None
     else:
         assert job.deadline == pytest.approx(begin + expected_s, abs=3)
+
+
+async def test_a_receiver_that_takes_nothing_leaves_the_time_to_others(tmp_path: Path) -> None:
+    """Its KV is larger than every buffer on the way; it is computed 4 passes ahead, not more."""
+    wide = replace(TINY, num_layers=8, num_heads=32, num_kv_heads=8, head_dim=32, max_context=8192)
+    folder = make_model_folder(tmp_path / "wide", wide)
+    blocks = threading.Semaphore(0)
+    async with serving(
+        folder,
+        before_block=lambda: blocks.acquire(timeout=60),
+        kv_tokens=16384,
+        chunk_tokens=512,
+    ) as (client, worker):
+        stalled = client.open(client.request(make_prompt(8000, wide)))
+        await read_frame(stalled, 0)
+        blocks.release(8 * (wide.num_layers - 1))
+        await eventually(lambda: worker.num_computed_tokens == 8 * 512, "it is alone")
+        async with prefill_client(client.address, client.kv_identity, client.layout) as other:
+            taking = asyncio.create_task(other.frames(other.request(make_prompt(1536, wide, 2))))
+            await eventually(lambda: _has(client, num_running=2, num_waiting=0), "it has pages")
+            # The pass that was begun before, and the three that the other one needs alone.
+            blocks.release(4 * (wide.num_layers - 1))
+            await taking
+        blocks.release(1000)
+        assert await read_all(stalled) > 0
 
 
 async def test_the_last_layer_stops_after_keys_and_values(folder: Path) -> None:
