@@ -20,10 +20,17 @@ Tamper = Callable[[list[bytes], list[bytes]], Sequence[bytes]]
 class Relay:
     """Passes Prefill calls on to a real worker and tampers with what that answers."""
 
-    def __init__(self, address: str, tamper: Tamper, after: Callable[[Relay], Any]) -> None:
+    def __init__(
+        self, address: str, tamper: Tamper, after: Callable[[Relay], Any], pause_s: float = 0.0
+    ) -> None:
+        """
+        Args:
+            pause_s: after each message, as on a slow link.
+        """
         self._target = address
         self._tamper = tamper
         self._after = after
+        self._pause_s = pause_s
         self._last: list[bytes] = []
         self._stopping: asyncio.Task[None] | None = None
 
@@ -52,6 +59,7 @@ class Relay:
             messages = [message async for message in prefill(request)]
         for message in self._tamper(messages, self._last or messages):
             await context.write(message)
+            await asyncio.sleep(self._pause_s)
         self._last = messages
         await self._after(self)
 
