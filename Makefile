@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/sparse_prefill.py
+	$(BIN)/python benchmarks/kv_transfer.py
 	$(BIN)/python benchmarks/ttft.py
 	$(BIN)/python benchmarks/update_readme.py
 
