@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import psutil
+import torch
 from reporting import Row, save, show
 from rich.console import Console
 
@@ -284,6 +285,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--send", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    # As in a worker; more of them only wait for each other where two processes share the cores.
+    torch.set_num_threads(1)
     if arguments.send:
         send(*arguments.send)
         return
