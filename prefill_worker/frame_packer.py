@@ -46,6 +46,11 @@ class FramePacker:
         self._codec = get_codec(job.request.codec)
         self._num_frames = 0
 
+    def close(self) -> None:
+        """Give up the caller's memory."""
+        if self._segment is not None:
+            self._segment.close()
+
     @property
     def has_room(self) -> bool:
         """There is room for the payload of a frame: always, but in shared memory."""

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, closing
 
 import grpc
 import grpc.aio
@@ -119,20 +119,23 @@ class PrefillService:
             request, lambda item: loop.call_soon_threadsafe(news.put_nowait, item), remaining_s
         )
         try:
-            packer = FramePacker(self._worker, job)
-            item: JobNews | None = None
-            sent = -math.inf
-            while not isinstance(item, PromptDone):
-                item = await news.get()
-                if isinstance(item, ColmError):
-                    raise item
-                if isinstance(item, TurnDone) and loop.time() < sent + WAIT_INTERVAL_S:
-                    continue
-                for pack in packer.packs(item):
-                    await self._wait_for_room(packer)
-                    yield await loop.run_in_executor(self._packer, pack)
-                    sent = loop.time()
-                if isinstance(item, LayerDone) and item.layer == self._worker.layout.num_layers - 1:
-                    self._worker.sent(job, item.stop)
+            with closing(FramePacker(self._worker, job)) as packer:
+                item: JobNews | None = None
+                sent = -math.inf
+                while not isinstance(item, PromptDone):
+                    item = await news.get()
+                    if isinstance(item, ColmError):
+                        raise item
+                    if isinstance(item, TurnDone) and loop.time() < sent + WAIT_INTERVAL_S:
+                        continue
+                    for pack in packer.packs(item):
+                        await self._wait_for_room(packer)
+                        yield await loop.run_in_executor(self._packer, pack)
+                        sent = loop.time()
+                    if (
+                        isinstance(item, LayerDone)
+                        and item.layer == self._worker.layout.num_layers - 1
+                    ):
+                        self._worker.sent(job, item.stop)
         finally:
             self._worker.finish(job)

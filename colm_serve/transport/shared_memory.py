@@ -37,7 +37,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class _Segment:
-    """A mapped segment; unmapped once nobody refers to its memory any more."""
+    """A mapped segment; unmapped once it is closed and no payload of it is in use."""
 
     def __init__(self, fd: int, ring_bytes: int) -> None:
         memory = np.frombuffer(mmap.mmap(fd, _HEAD_BYTES + ring_bytes), np.uint8)
@@ -46,6 +46,11 @@ class _Segment:
         # One aligned store or load of 8 bytes: neither side sees half of it.
         self._consumed = memory[_CONSUMED_AT : _CONSUMED_AT + 8].view(np.uint64)
         self._ring = memory[_HEAD_BYTES:]
+
+    def close(self) -> None:
+        """It cannot be used any more."""
+        # Not mmap.close: a thread may still be at work with a payload, in a cancelled call.
+        del self._nonce, self._consumed, self._ring
 
 
 class ReceivingSegment(_Segment):
@@ -86,6 +91,7 @@ class ReceivingSegment(_Segment):
     def close(self) -> None:
         """No sender can open the segment any more; its memory goes with its last user."""
         os.close(self._fd)
+        super().close()
 
     def _read(self, descriptor: Buffer) -> tuple[int, int, int]:
         """Start, end and digest of a payload."""
