@@ -54,7 +54,7 @@ def forked(kind: str, folder: Path, **config: Any) -> Iterator[ForkedWorker]:
 def _serve(kind: str, folder: Path, config: dict[str, Any], parent: Connection) -> None:
     from tests.helpers import decode_service, prefill_service
 
-    serve = {"prefill": prefill_service, "decode": decode_service}[kind]
+    serve: Any = {"prefill": prefill_service, "decode": decode_service}[kind]
     with serve(folder, **config) as (service, worker):
         parent.send((service.address, worker.kv_identity))
         parent.poll(None)
