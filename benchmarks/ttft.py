@@ -81,7 +81,10 @@ def serve(kind: str, folder: Path) -> None:
         loaded = load_for_serving(folder, num_chains=None, with_head=True)
         # Both sides of the comparison compute in chunks of the same size, where they are told to.
         d_config = DecodeConfig(
-            kv_tokens=32768, max_batch_tokens=CHUNK_TOKENS, adaptive_prefill=False
+            kv_tokens=32768,
+            max_batch_tokens=CHUNK_TOKENS,
+            adaptive_prefill=False,
+            shared_memory=kind != "decode by messages",
         )
         worker = DecodeWorker(loaded, d_config, kind, epoch=1)
         service = DecodeService(worker, d_config)
@@ -118,25 +121,27 @@ def serving(kind: str, folder: Path) -> Iterator[Served]:
 class Client:
     """Asks the workers for what is measured; each prompt is of random tokens."""
 
-    def __init__(self, prefill: Served, decode: Served) -> None:
-        self._prefill, self._decode = prefill, decode
+    def __init__(self, prefill: Served) -> None:
+        self._prefill = prefill
         self._random = random.Random(0)
         self._layout = KvLayout(MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim, "float32")
         self._pool = KvPool(self._layout, max(LENGTHS) // PAGE_SIZE, PAGE_SIZE)
 
-    async def ttft_s(self, num_tokens: int, *, is_shipped: bool) -> tuple[float, float]:
+    async def ttft_s(
+        self, decode: Served, num_tokens: int, *, is_shipped: bool
+    ) -> tuple[float, float]:
         """Seconds to the first token, and those of the decode worker's processors meanwhile."""
         peers = (PrefillPeer(self._prefill.address),) if is_shipped else ()
-        identity = self._decode.kv_identity
+        identity = decode.kv_identity
         request = DecodeRequest("r", self._prompt(num_tokens), LEVEL, GREEDY, peers, identity)
-        async with connect(self._decode.address, None) as channel:
+        async with connect(decode.address, None) as channel:
             await channel.channel_ready()
             call = decode_pb2_grpc.DecodeServiceStub(channel).Decode()
-            cpu_s, begin = self._decode.cpu_s(), time.perf_counter()
+            cpu_s, begin = decode.cpu_s(), time.perf_counter()
             await call.write(serde.decode_start_to_proto(request))
             async for message in call:
                 if isinstance(serde.decode_event_from_proto(message), DecodedToken):
-                    return time.perf_counter() - begin, self._decode.cpu_s() - cpu_s
+                    return time.perf_counter() - begin, decode.cpu_s() - cpu_s
         raise RuntimeError("the stream ended without a token")
 
     async def exposed_s(self, num_tokens: int) -> float:
@@ -165,32 +170,44 @@ class Client:
         return tuple(self._random.randrange(MODEL.vocab_size) for _ in range(num_tokens))
 
 
-async def measure(client: Client, lengths: tuple[int, ...], repeats: int) -> list[Row]:
+async def measure(
+    client: Client, decodes: dict[str, Served], lengths: tuple[int, ...], repeats: int
+) -> list[Row]:
     rows = []
     for num_tokens in lengths:
-        alone, apart, cpu, exposed = [], [], [], []
-        for repeat in range(1 + repeats):  # the first is not counted
-            alone_s, _ = await client.ttft_s(num_tokens, is_shipped=False)
-            apart_s, cpu_s = await client.ttft_s(num_tokens, is_shipped=True)
-            exposed_s = await client.exposed_s(num_tokens)
-            if repeat:
-                alone.append(alone_s)
-                apart.append(apart_s)
-                cpu.append(cpu_s / apart_s)
-                exposed.append(max(0.0, exposed_s) / apart_s)
-        ratios = [b / a for a, b in zip(alone, apart, strict=True)]
-        name = f"{num_tokens} tokens"
-        rows += [
-            Row.of(f"{name}: TTFT of one process", [s * 1e3 for s in alone], "ms", "lower"),
-            Row.of(f"{name}: TTFT of two", [s * 1e3 for s in apart], "ms", "lower"),
-            Row.of(f"{name}: TTFT of two over one", ratios, "x", "lower", target=1.05,
-                   headline=True),
-            Row.of(f"{name}: exposed transfer's share of TTFT", exposed, "", "lower",
-                   target=0.03, headline=num_tokens == max(lengths)),
-            Row.of(f"{name}: cores that the decode worker kept busy", cpu, "", "lower",
-                   note="it checks and writes frames, and makes the first token"),
-        ]  # fmt: skip
+        for path, decode in decodes.items():
+            rows += await compare(client, decode, num_tokens, path, repeats)
+        ttft_s = rows[-2].value / 1e3
+        exposed = [await client.exposed_s(num_tokens) / ttft_s for _ in range(repeats)]
+        rows.append(
+            Row.of(f"{num_tokens} tokens, by messages: exposed transfer's share of TTFT",
+                   [max(0.0, share) for share in exposed], "", "lower", target=0.03,
+                   headline=num_tokens == max(lengths))
+        )  # fmt: skip
     return rows
+
+
+async def compare(
+    client: Client, decode: Served, num_tokens: int, path: str, repeats: int
+) -> list[Row]:
+    """Time both in turn; the ratio is taken pair by pair."""
+    alone, apart, cpu = [], [], []
+    for repeat in range(1 + repeats):  # the first is not counted
+        alone_s, _ = await client.ttft_s(decode, num_tokens, is_shipped=False)
+        apart_s, cpu_s = await client.ttft_s(decode, num_tokens, is_shipped=True)
+        if repeat:
+            alone.append(alone_s)
+            apart.append(apart_s)
+            cpu.append(cpu_s / apart_s)
+    ratios = [b / a for a, b in zip(alone, apart, strict=True)]
+    name = f"{num_tokens} tokens, {path}"
+    return [
+        Row.of(f"{name}: TTFT of one process", [s * 1e3 for s in alone], "ms", "lower"),
+        Row.of(f"{name}: TTFT of two over one", ratios, "x", "lower", target=1.05, headline=True),
+        Row.of(f"{name}: TTFT of two", [s * 1e3 for s in apart], "ms", "lower"),
+        Row.of(f"{name}: cores that the decode worker kept busy", cpu, "", "lower",
+               note="it checks and writes frames, and makes the first token"),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -208,9 +225,12 @@ def main() -> None:
         torch.manual_seed(0)
         save_model(ColmModel(MODEL), folder)
         prefill = stack.enter_context(serving("prefill", folder))
-        decode = stack.enter_context(serving("decode", folder))
-        client = Client(prefill, decode)
-        rows = asyncio.run(measure(client, tuple(arguments.lengths), arguments.repeats))
+        decodes = {
+            path: stack.enter_context(serving(f"decode {path}", folder))
+            for path in ("by shared memory", "by messages")
+        }
+        client = Client(prefill)
+        rows = asyncio.run(measure(client, decodes, tuple(arguments.lengths), arguments.repeats))
     show("TTFT: prefill in a process of its own against one process", rows)
     print(f"written to {save('ttft', rows)}")
 
