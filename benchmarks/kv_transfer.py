@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import grpc
@@ -29,6 +31,7 @@ import torch
 from reporting import Row, save, show
 from rich.console import Console
 
+from colm_serve.cluster.placement import MALLOC
 from colm_serve.config import PrefillConfig
 from colm_serve.core import DecodeRequest, KvLayout, PrefillPeer, SamplingParams
 from colm_serve.decode_worker.prefill_plan import LocalLoad
@@ -45,6 +48,7 @@ from colm_serve.prefill_worker.service import PrefillService
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.transport.channel import ChannelCache, bind, make_server
 from colm_serve.transport.host import ServiceThread
+from colm_serve.transport.kv_frames import MESSAGE
 
 #: The K and V of a 1B model, 64 KiB a token; what it takes to compute them is of no interest.
 MODEL = ColmConfig(
@@ -55,7 +59,8 @@ LAYOUT = KvLayout(MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim, "float32
 BYTES_PER_TOKEN = LAYOUT.num_layers * LAYOUT.num_elements_per_token * 4
 IDENTITY = "random weights"
 PAGE_SIZE = 16
-SWEEP_BYTES = (64 * 1024, 256 * 1024, 1024 * 1024, 4 * 1024 * 1024)
+#: 0 stands for the sizes that prefill workers use, of messages and in shared memory.
+SWEEP_BYTES = (0, 64 * 1024, 256 * 1024, 1024 * 1024, 4 * 1024 * 1024)
 #: What is compared, and how the rows call it.
 WAYS = {
     "frames": "KV over gRPC",
@@ -69,11 +74,10 @@ HOST = "127.0.0.1"
 
 
 class BareService:
-    """Sends `num_messages` times the same bytes to who calls; see `transport.host.Service`."""
+    """Sends messages to who calls; see `transport.host.Service`."""
 
-    def __init__(self, message: bytes, num_messages: int) -> None:
-        self._message = message
-        self._num_messages = num_messages
+    def __init__(self, messages: list[bytes]) -> None:
+        self._messages = messages
         self.address = ""
 
     async def start(self) -> None:
@@ -90,32 +94,37 @@ class BareService:
         await self._server.stop(grace_s)
 
     async def _send(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        for _ in range(self._num_messages):
-            await context.write(self._message)
+        for message in self._messages:
+            await context.write(message)
 
 
-def serve_tcp(listener: socket.socket, message: bytes, num_messages: int) -> None:
+def serve_tcp(listener: socket.socket, messages: list[bytes]) -> None:
     """The same over TCP, to one caller after the other."""
     while True:
         connection, _ = listener.accept()
         with connection:
-            for _ in range(num_messages):
+            for message in messages:
                 connection.sendall(message)
 
 
 def send(num_tokens: int, frame_bytes: int) -> None:
     """The sending process: print the three addresses, serve until standard input ends."""
-    frame_packer.FRAME_BYTES = frame_bytes
+    if frame_bytes:
+        frame_packer.FRAME_BYTES.update(dict.fromkeys(frame_packer.FRAME_BYTES, frame_bytes))
+    else:
+        frame_bytes = frame_packer.FRAME_BYTES[MESSAGE]
     model = to_serving(ColmModel(MODEL, num_chains=1, with_head=False))
     config = PrefillConfig(kv_tokens=num_tokens + PAGE_SIZE, page_size=PAGE_SIZE, host=HOST)
     service = PrefillService(
         PrefillWorker(LoadedModel(model, IDENTITY), config, "prefill-0", epoch=1), config
     )
-    message, num_messages = bytes(frame_bytes), num_tokens * BYTES_PER_TOKEN // frame_bytes
-    bare = BareService(message, num_messages)
+    # As much memory as the KV has: one message again and again would stay in a core's cache.
+    num_messages = num_tokens * BYTES_PER_TOKEN // frame_bytes
+    messages = [bytes([i % 256]) * frame_bytes for i in range(num_messages)]
+    bare = BareService(messages)
     hosts = [ServiceThread(service), ServiceThread(bare)]
     listener = socket.create_server((HOST, 0))
-    threading.Thread(target=serve_tcp, args=(listener, message, num_messages), daemon=True).start()
+    threading.Thread(target=serve_tcp, args=(listener, messages), daemon=True).start()
     addresses = {"frames": service.address, "grpc": bare.address, "tcp": listener.getsockname()[1]}
     print(json.dumps(addresses), flush=True)
     sys.stdin.read()
@@ -255,9 +264,9 @@ async def compare(num_tokens: int, frame_bytes: int, repeats: int) -> dict[str, 
 
 
 def rows_of(frame_bytes: int, costs: dict[str, list[Cost]], is_default: bool) -> list[Row]:
-    """Speeds, and ratios taken repeat by repeat; targets are for the size that is the default."""
+    """Speeds, and ratios taken repeat by repeat; targets are for the sizes that are the default."""
     rows = []
-    size = f"{frame_bytes // 1024} KiB"
+    size = "as served" if is_default else f"{frame_bytes // 1024} KiB frames"
     for name, what in WAYS.items():
         speeds = [of_run.gb_per_s for of_run in costs[name]]
         cpu = [of_run.cpu_s_per_gb for of_run in costs[name]]
@@ -273,9 +282,16 @@ def rows_of(frame_bytes: int, costs: dict[str, list[Cost]], is_default: bool) ->
             "higher",
             target=target if is_default else None,
             headline=is_default,
+            note=_note(target, ratios) if is_default else "",
         )
         rows.append(row)
     return rows
+
+
+def _note(target: float | None, ratios: list[float]) -> str:
+    if target is None or median(ratios) >= target:
+        return ""
+    return "both processes share two cores, which copies and digests keep busy: see the CPU rows"
 
 
 def main() -> None:
@@ -285,6 +301,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--send", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     # As in a worker; more of them only wait for each other where two processes share the cores.
     torch.set_num_threads(1)
     if arguments.send:
@@ -294,7 +312,7 @@ def main() -> None:
     with Console().status("moving KV"):
         for size in arguments.sizes:
             costs = asyncio.run(compare(arguments.tokens, size, arguments.repeats))
-            rows += rows_of(size, costs, size == frame_packer.FRAME_BYTES)
+            rows += rows_of(size, costs, is_default=not size)
     show("KV between two processes of one machine", rows)
     print(f"written to {save('kv_transfer', rows)}")
 

@@ -38,7 +38,7 @@ from colm_serve.transport.status import from_rpc_error
 logger = logging.getLogger(__name__)
 
 #: A few frames; more of it would only be touched for the first time more often.
-RING_BYTES = 8 * 1024 * 1024
+RING_BYTES = 16 * 1024 * 1024
 PREFILL_METHOD = "/colm.v1.PrefillService/Prefill"
 
 

@@ -30,8 +30,9 @@ from colm_serve.transport.shared_memory import SendingSegment
 
 logger = logging.getLogger(__name__)
 
-#: About this many bytes of K and V a message is where gRPC moves them fastest.
-FRAME_BYTES = 1024 * 1024
+#: About this many bytes of K and V a message is where gRPC moves them fastest; shared memory is
+#: the faster, the fewer frames there are.
+FRAME_BYTES = {MESSAGE: 1024 * 1024, SHARED_MEMORY: 4 * 1024 * 1024}
 
 
 class FramePacker:
@@ -39,8 +40,12 @@ class FramePacker:
 
     def __init__(self, worker: PrefillWorker, job: PrefillJob) -> None:
         self._worker = worker
-        self._max_payload_bytes = max(FRAME_BYTES, worker.pool.num_bytes_per_token)
-        self._segment = _open_segment(job.request, 2 * self._max_payload_bytes)
+        token_bytes = worker.pool.num_bytes_per_token
+        shared_bytes = max(token_bytes, FRAME_BYTES[SHARED_MEMORY])
+        # Room for two frames: the one that is taken out, the one that is put in.
+        self._segment = _open_segment(job.request, 2 * shared_bytes)
+        self._path = MESSAGE if self._segment is None else SHARED_MEMORY
+        self._max_payload_bytes = max(token_bytes, FRAME_BYTES[self._path])
         self._job = job
         self._stream_id = job.request.stream_id
         self._codec = get_codec(job.request.codec)
@@ -64,7 +69,7 @@ class FramePacker:
             case Accepted():
                 yield partial(self._encode, self._opening(item))
             case LayerDone():
-                step = max(1, FRAME_BYTES // self._worker.pool.num_bytes_per_token)
+                step = self._max_payload_bytes // self._worker.pool.num_bytes_per_token
                 for start in range(item.start, item.stop, step):
                     num_tokens = min(step, item.stop - start)
                     frame = KvFrame(self._next_sequence(), item.layer, start, num_tokens)
@@ -81,7 +86,7 @@ class FramePacker:
             kv_identity=self._worker.kv_identity,
             layout=self._worker.layout,
             codec=self._job.request.codec,
-            path=MESSAGE if self._segment is None else SHARED_MEMORY,
+            path=self._path,
             num_cached_tokens=accepted.num_cached_tokens,
             num_queued_tokens=accepted.num_queued_tokens,
             tokens_per_s=accepted.tokens_per_s,

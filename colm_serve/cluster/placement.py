@@ -17,6 +17,14 @@ class Role(Enum):
     DECODE = "decode"
 
 
+#: Large gRPC messages cost half as much when malloc keeps their memory.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(64 * 1024 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 1024 * 1024),
+    "MALLOC_TOP_PAD_": str(16 * 1024 * 1024),
+}
+
+
 @dataclass(frozen=True)
 class Slot:
     """A place in the cluster that is always filled: a dead actor is replaced in its slot."""
@@ -47,10 +55,7 @@ class Slot:
         return {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
-            # Large gRPC messages cost half as much when malloc keeps their memory.
-            "MALLOC_MMAP_THRESHOLD_": str(64 * 1024 * 1024),
-            "MALLOC_TRIM_THRESHOLD_": str(256 * 1024 * 1024),
-            "MALLOC_TOP_PAD_": str(16 * 1024 * 1024),
+            **MALLOC,
         }
 
 

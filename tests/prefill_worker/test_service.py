@@ -25,9 +25,11 @@ from colm_serve.errors import (
     InvalidArgument,
     ResourceExhausted,
 )
+from colm_serve.prefill_worker import frame_packer
 from colm_serve.prefill_worker.scheduler import PrefillJob
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.transport import kv_frames
+from colm_serve.transport.kv_frames import MESSAGE
 from colm_serve.transport.status import RETRY_AFTER_KEY, from_rpc_error
 from tests.engine.paged import kv_of_whole_model
 from tests.helpers import TINY, make_model_folder, make_prompt, prefill_service
@@ -259,7 +261,7 @@ async def test_large_layers_are_sent_in_several_frames(
 ) -> None:
     async with serving(folder) as (client, worker):
         per_frame = 8 * worker.pool.num_bytes_per_token
-        monkeypatch.setattr("colm_serve.prefill_worker.frame_packer.FRAME_BYTES", per_frame)
+        monkeypatch.setitem(frame_packer.FRAME_BYTES, MESSAGE, per_frame)
         answer = await client.frames(client.request(make_prompt(20)))
     assert [frame.num_tokens for frame, _ in answer.kv] == [8, 8, 4] * TINY.num_layers
 
