@@ -154,6 +154,12 @@ class DecodeConfig(WorkerConfig):
         description="prefill workers on the same machine, of the same user and PID namespace, put "
         "K and V into memory that both map, with TLS as well: they do not leave the machine",
     )
+    kv_connections: Count = Field(
+        default=1,
+        le=16,
+        description="among which the layers of one prompt's K and V are shared, where they do not "
+        "come through shared memory: for links that are wider than a core can fill",
+    )
     weight_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
         description="how matrices are kept: auto is float32 on a CPU and bfloat16 on a GPU; the "

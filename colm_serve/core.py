@@ -216,7 +216,8 @@ class PrefillRequest:
     `stream_id`, 64 random bits, ties the frames of the answer to this call; `codec` names one of
     `transport.codecs`. Cached keys and values are shared with requests of the same `cache_salt`
     only. The first token is due in `ttft_s` seconds, if it is due at all.
-    Payloads may come through `segment`, if the worker can open it.
+    Payloads may come through `segment`, if the worker can open it; else layer i comes by lane
+    i % `num_lanes`, each of which is a call of its own.
     """
 
     request_id: str
@@ -229,6 +230,7 @@ class PrefillRequest:
     codec: str = "raw"
     ttft_s: float | None = None
     segment: SegmentName | None = None
+    num_lanes: int = 1
 
 
 @dataclass(frozen=True)

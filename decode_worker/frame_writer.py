@@ -47,7 +47,8 @@ class FrameWriter:
         self._codec = get_codec(request.codec)
         self._stop = len(request.tokens)
         self._next = [request.ship_from] * request.layout.num_layers
-        self._num_frames = 0
+        self._num_frames = [0] * request.num_lanes
+        self._has_ended = [False] * request.num_lanes
 
     @property
     def stop(self) -> int:
@@ -65,8 +66,13 @@ class FrameWriter:
             return 0
         return self._codec.num_bytes(self._request.layout, frame.num_tokens)
 
-    def accept(self, message: bytes) -> Frame:
-        """Take the next message, and say which frame it was: an EndFrame is the last.
+    @property
+    def num_lanes(self) -> int:
+        """By how many calls the frames come; known once the opening frame has been taken."""
+        return len(self._num_frames)
+
+    def accept(self, message: bytes, lane: int = 0) -> Frame:
+        """Take the next message of a lane, and say which frame it was: an EndFrame is the last.
 
         Raises:
             DataLoss: damaged, of another stream, out of order, of the wrong size, or ended
@@ -74,19 +80,25 @@ class FrameWriter:
             Incompatible: the sender has other weights or another layout, codec or path.
             Unavailable: the worker that was asked has been replaced since.
         """
-        frame, payload = kv_frames.decode(message, self._request.stream_id, self._num_frames)
-        if isinstance(frame, OpenFrame) is not (self._num_frames == 0):
-            raise DataLoss(f"KV frame {self._num_frames}: {type(frame).__name__} in its place")
+        sequence = self._num_frames[lane]
+        stream_id = kv_frames.lane_id(self._request.stream_id, lane)
+        frame, payload = kv_frames.decode(message, stream_id, sequence)
+        if isinstance(frame, OpenFrame) is not (lane == sequence == 0):
+            raise DataLoss(f"KV frame {sequence}: {type(frame).__name__} in its place")
+        self._num_frames[lane] += 1
         match frame:
             case OpenFrame():
                 self._check_opening(frame)
             case KvFrame():
+                if frame.layer % self.num_lanes != lane:
+                    raise DataLoss(f"KV frame of layer {frame.layer} in lane {lane}")
                 self._take(frame, payload)
-            case EndFrame() if self.num_complete != self._stop:
-                raise DataLoss(
-                    f"KV stream ended with {self.num_complete} of {self._stop} tokens complete"
-                )
-        self._num_frames += 1
+            case EndFrame():
+                self._has_ended[lane] = True
+                if all(self._has_ended) and self.num_complete != self._stop:
+                    raise DataLoss(
+                        f"KV stream ended with {self.num_complete} of {self._stop} tokens complete"
+                    )
         return frame
 
     def _check_opening(self, frame: OpenFrame) -> None:
@@ -101,6 +113,9 @@ class FrameWriter:
             if theirs != ours:
                 raise Incompatible(f"{field}: asked for {ours!r}, the worker sends {theirs!r}")
         self._is_shared = frame.path == SHARED_MEMORY
+        if self._is_shared:
+            # It is wide enough: all come by the first lane.
+            del self._num_frames[1:], self._has_ended[1:]
         if frame.path not in (MESSAGE, SHARED_MEMORY) or self._is_shared > bool(self._segment):
             raise Incompatible(f"path: the worker sends by {frame.path!r}, which was not offered")
 

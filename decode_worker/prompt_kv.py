@@ -11,8 +11,9 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 #: A few frames; more of it would only be touched for the first time more often.
 RING_BYTES = 16 * 1024 * 1024
 PREFILL_METHOD = "/colm.v1.PrefillService/Prefill"
+PREFILL_LANE_METHOD = "/colm.v1.PrefillService/PrefillLane"
+
+_PrefillCall = grpc.aio.UnaryStreamCall[Any, bytes]
 
 
 def _as_is(message: bytes) -> bytes:
@@ -50,6 +54,34 @@ def _as_is(message: bytes) -> bytes:
 def _bytes_per_token(codec: str, layout: KvLayout) -> float:
     """In all layers."""
     return layout.num_layers * get_codec(codec).num_bytes(layout, GROUP_TOKENS) / GROUP_TOKENS
+
+
+@dataclass
+class _Reception:
+    """What comes of one call for a prompt's keys and values."""
+
+    writer: FrameWriter
+    transfer: Transfer
+    meter: StreamMeter
+    ship_until: Callable[[OpenFrame], int]
+    _stop: float = math.inf
+
+    @property
+    def is_enough(self) -> bool:
+        """What is best computed here is all that is missing."""
+        return self.writer.num_complete >= self._stop
+
+    def note(self, frame: Frame, now: float) -> None:
+        """Learn from a frame that has been written."""
+        self.transfer.take(frame, self.writer.num_payload_bytes(frame), now)
+        match frame:
+            case OpenFrame():
+                self.meter.opened(frame.num_cached_tokens, now)
+                wanted = self.ship_until(frame)
+                # What is wanted whole is taken to its end frame.
+                self._stop = wanted if wanted < self.writer.stop else math.inf
+            case KvFrame(_, layer, start, num_tokens):
+                self.meter.received(layer, start, num_tokens, now)
 
 
 class PromptFetcher:
@@ -66,6 +98,7 @@ class PromptFetcher:
         planner: PrefillPlanner,
         *,
         use_shared_memory: bool = False,
+        num_connections: int = 1,
     ) -> None:
         self._pool = pool
         self._layout = layout
@@ -76,6 +109,7 @@ class PromptFetcher:
         self._codecs = CodecChoice({name: _bytes_per_token(name, layout) for name in names})
         self._planner = planner
         self._use_shared_memory = use_shared_memory
+        self._num_connections = num_connections
         # Checking and copying frames is work; the event loop does none.
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
 
@@ -142,6 +176,7 @@ class PromptFetcher:
             codec=self._codecs.choose(peer.address),
             ttft_s=None if due is None else max(0.0, due - time.perf_counter()),
             segment=None if segment is None else segment.name,
+            num_lanes=min(self._num_connections, self._layout.num_layers),
         )
         table = self._pool.table(sequence.pages)
         writer = FrameWriter(self._pool, table, request, peer.epoch, segment)
@@ -151,13 +186,16 @@ class PromptFetcher:
             request_serializer=prefill_pb2.PrefillRequest.SerializeToString,
             response_deserializer=_as_is,
         )
-        transfer = Transfer(len(request.tokens))
-        meter = self._planner.meter(peer.address, time.perf_counter())
-        ship_until = partial(self._planner.ship_until, peer.address, sequence)
+        reception = _Reception(
+            writer,
+            Transfer(len(request.tokens)),
+            self._planner.meter(peer.address, time.perf_counter()),
+            partial(self._planner.ship_until, peer.address, sequence),
+        )
         call = prefill(serde.prefill_request_to_proto(request))
         try:
-            await self._receive(call, writer, transfer, meter, ship_until)
-            self._codecs.learn(peer.address, transfer)
+            await self._receive(call, peer.address, request.stream_id, reception)
+            self._codecs.learn(peer.address, reception.transfer)
         finally:
             # A cancelled or failed stream ends here, on both sides; nothing outlives the call.
             call.cancel()
@@ -165,15 +203,44 @@ class PromptFetcher:
             sequence.num_computed = writer.num_complete
 
     async def _receive(
-        self,
-        call: grpc.aio.UnaryStreamCall[Any, bytes],
-        writer: FrameWriter,
-        transfer: Transfer,
-        meter: StreamMeter,
-        ship_until: Callable[[OpenFrame], int],
+        self, call: _PrefillCall, address: str, stream_id: int, reception: _Reception
     ) -> None:
-        """Take frames to the end of the stream, or up to the token that the opening calls for."""
-        stop = math.inf
+        """Take the frames of all lanes, to their end or to what the opening calls for."""
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            async with asyncio.TaskGroup() as lanes:
+                async for frame in self._frames(call, 0, reception):
+                    if isinstance(frame, OpenFrame):
+                        for lane in range(1, reception.writer.num_lanes):
+                            receiving = self._receive_lane(address, stream_id, lane, reception)
+                            tasks.append(lanes.create_task(receiving))
+                    if reception.is_enough:
+                        for task in tasks:
+                            task.cancel()
+                        return
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+
+    async def _receive_lane(
+        self, address: str, stream_id: int, lane: int, reception: _Reception
+    ) -> None:
+        channel = await self._channels.get(address, lane)
+        prefill_lane = channel.unary_stream(
+            PREFILL_LANE_METHOD,
+            request_serializer=prefill_pb2.PrefillLaneRequest.SerializeToString,
+            response_deserializer=_as_is,
+        )
+        call = prefill_lane(prefill_pb2.PrefillLaneRequest(stream_id=stream_id, lane=lane))
+        try:
+            async for _ in self._frames(call, lane, reception):
+                pass
+        finally:
+            call.cancel()
+
+    async def _frames(
+        self, call: _PrefillCall, lane: int, reception: _Reception
+    ) -> AsyncIterator[Frame]:
+        """A lane's frames up to its last one, each taken."""
         while True:
             try:
                 message = await asyncio.wait_for(call.read(), self._frame_timeout_s)
@@ -181,25 +248,15 @@ class PromptFetcher:
                 raise DeadlineExceeded(f"no KV frame for {self._frame_timeout_s} s") from error
             if not isinstance(message, bytes):
                 raise DataLoss("KV stream ended without its end frame")
-            frame = await self._write(writer, message)
-            now = time.perf_counter()
-            transfer.take(frame, writer.num_payload_bytes(frame), now)
-            match frame:
-                case OpenFrame():
-                    meter.opened(frame.num_cached_tokens, now)
-                    wanted = ship_until(frame)
-                    # What is wanted whole is taken to its end frame.
-                    stop = wanted if wanted < writer.stop else math.inf
-                case KvFrame(_, layer, start, num_tokens):
-                    meter.received(layer, start, num_tokens, now)
-                case EndFrame():
-                    return
-            if writer.num_complete >= stop:
+            frame = await self._write(reception.writer, message, lane)
+            reception.note(frame, time.perf_counter())
+            yield frame
+            if isinstance(frame, EndFrame):
                 return
 
-    async def _write(self, writer: FrameWriter, message: bytes) -> Frame:
+    async def _write(self, writer: FrameWriter, message: bytes, lane: int) -> Frame:
         loop = asyncio.get_running_loop()
-        writing = loop.run_in_executor(self._writers, writer.accept, message)
+        writing = loop.run_in_executor(self._writers, writer.accept, message, lane)
         try:
             return await asyncio.shield(writing)
         except asyncio.CancelledError:

@@ -50,6 +50,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self._config.kv_codec,
             PrefillPlanner(self._worker.local_load, self._worker.layout.num_layers),
             use_shared_memory=self._config.shared_memory,
+            num_connections=self._config.kv_connections,
         )
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, self._server)
         await add_health(self._server)

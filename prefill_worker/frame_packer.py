@@ -49,7 +49,8 @@ class FramePacker:
         self._job = job
         self._stream_id = job.request.stream_id
         self._codec = get_codec(job.request.codec)
-        self._num_frames = 0
+        self.num_lanes = job.request.num_lanes if self._segment is None else 1
+        self._num_frames = [0] * self.num_lanes
 
     def close(self) -> None:
         """Give up the caller's memory."""
@@ -63,25 +64,33 @@ class FramePacker:
 
     def packs(
         self, item: Accepted | LayerDone | TurnDone | PromptDone
-    ) -> Iterator[Callable[[], bytes]]:
-        """The frames that say `item`, each of which is packed when it is called, on any thread."""
+    ) -> Iterator[tuple[int, Callable[[], bytes]]]:
+        """The frames that say `item`, and the lane of each.
+
+        A frame is packed when it is called, on any thread.
+        """
+        lanes = range(self.num_lanes)
         match item:
             case Accepted():
-                yield partial(self._encode, self._opening(item))
+                yield 0, partial(self._encode, self._opening(item))
             case LayerDone():
+                lane = item.layer % self.num_lanes
                 step = self._max_payload_bytes // self._worker.pool.num_bytes_per_token
                 for start in range(item.start, item.stop, step):
                     num_tokens = min(step, item.stop - start)
-                    frame = KvFrame(self._next_sequence(), item.layer, start, num_tokens)
-                    yield partial(self._encode_kv, frame)
+                    frame = KvFrame(self._next_sequence(lane), item.layer, start, num_tokens)
+                    yield lane, partial(self._encode_kv, frame, lane)
             case TurnDone():
-                yield partial(self._encode, WaitFrame(self._next_sequence()))
+                for lane in lanes:
+                    yield lane, partial(self._encode, WaitFrame(self._next_sequence(lane)), lane)
             case PromptDone():
-                yield partial(self._encode, EndFrame(self._next_sequence(), item.compute_s))
+                for lane in lanes:
+                    frame_end = EndFrame(self._next_sequence(lane), item.compute_s)
+                    yield lane, partial(self._encode, frame_end, lane)
 
     def _opening(self, accepted: Accepted) -> OpenFrame:
         return OpenFrame(
-            sequence=self._next_sequence(),
+            sequence=self._next_sequence(0),
             epoch=self._worker.epoch,
             kv_identity=self._worker.kv_identity,
             layout=self._worker.layout,
@@ -92,20 +101,20 @@ class FramePacker:
             tokens_per_s=accepted.tokens_per_s,
         )
 
-    def _next_sequence(self) -> int:
-        sequence, self._num_frames = self._num_frames, self._num_frames + 1
-        return sequence
+    def _next_sequence(self, lane: int) -> int:
+        self._num_frames[lane] += 1
+        return self._num_frames[lane] - 1
 
-    def _encode(self, frame: OpenFrame | WaitFrame | EndFrame) -> bytes:
-        return kv_frames.encode(frame, self._stream_id)
+    def _encode(self, frame: OpenFrame | WaitFrame | EndFrame, lane: int = 0) -> bytes:
+        return kv_frames.encode(frame, kv_frames.lane_id(self._stream_id, lane))
 
-    def _encode_kv(self, frame: KvFrame) -> bytes:
+    def _encode_kv(self, frame: KvFrame, lane: int) -> bytes:
         stop = frame.start + frame.num_tokens
         k_SNH, v_SNH = self._worker.pool.read(frame.layer, self._table, frame.start, stop)
         parts = self._codec.encode(k_SNH, v_SNH)
         if self._segment is not None:
             parts = [memoryview(self._segment.put(parts))]
-        return kv_frames.encode(frame, self._stream_id, parts)
+        return kv_frames.encode(frame, kv_frames.lane_id(self._stream_id, lane), parts)
 
     @cached_property
     def _table(self) -> BlockTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 
@@ -15,6 +15,7 @@ from colm_serve.config import PrefillConfig, TlsConfig
 from colm_serve.core import PrefillRequest
 from colm_serve.errors import ColmError, DeadlineExceeded
 from colm_serve.prefill_worker.frame_packer import FramePacker
+from colm_serve.prefill_worker.lanes import LaneTable
 from colm_serve.prefill_worker.worker import JobNews, LayerDone, PrefillWorker, PromptDone, TurnDone
 from colm_serve.proto.colm.v1 import prefill_pb2
 from colm_serve.transport import serde
@@ -28,6 +29,7 @@ ROOM_INTERVAL_S = 0.0005
 WAIT_INTERVAL_S = 0.5
 
 _Context = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, bytes]
+_LaneContext = grpc.aio.ServicerContext[prefill_pb2.PrefillLaneRequest, bytes]
 
 
 class PrefillService:
@@ -40,6 +42,7 @@ class PrefillService:
         self._config = config
         self._tls = tls
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="kv-pack")
+        self._lanes = LaneTable()
         self.address = ""
 
     async def start(self) -> None:
@@ -65,6 +68,11 @@ class PrefillService:
                     request_deserializer=prefill_pb2.PrefillRequest.FromString,
                     response_serializer=None,
                 ),
+                "PrefillLane": grpc.unary_stream_rpc_method_handler(
+                    self._prefill_lane,
+                    request_deserializer=prefill_pb2.PrefillLaneRequest.FromString,
+                    response_serializer=None,
+                ),
                 "GetStatus": grpc.unary_unary_rpc_method_handler(
                     self._get_status,
                     request_deserializer=prefill_pb2.PrefillStatusRequest.FromString,
@@ -82,20 +90,36 @@ class PrefillService:
         try:
             request = serde.prefill_request_from_proto(message)
             async with asyncio.timeout(self._config.max_request_s):
-                async with aclosing(self._frames(request, context.time_remaining())) as frames:
-                    async for frame in frames:
-                        await self._send(frame, context)
+                frames = self._frames(request, context.time_remaining())
+                with self._lanes.open(request.stream_id, request.num_lanes) as lanes:
+                    async with aclosing(frames):
+                        async for lane, frame in frames:
+                            write = lanes[lane - 1].put if lane else context.write
+                            await self._in_time(write(frame))
+                    for further in lanes:
+                        await self._in_time(further.put(None))
         except TimeoutError:
             late = DeadlineExceeded(f"not done within max_request_s: {self._config.max_request_s}")
             await abort(context, late)
         except ColmError as error:
             await abort(context, error)
 
-    async def _send(self, frame: bytes, context: _Context) -> None:
+    async def _prefill_lane(
+        self, message: prefill_pb2.PrefillLaneRequest, context: _LaneContext
+    ) -> None:
+        try:
+            lane = self._lanes.get(message.stream_id, message.lane)
+            async with aclosing(lane.frames()) as frames:
+                async for frame in frames:
+                    await self._in_time(context.write(frame))
+        except ColmError as error:
+            await abort(context, error)
+
+    async def _in_time(self, sending: Awaitable[None]) -> None:
         # Flow control holds a write back while the receiver is slow; its KV waits in the job's
         # pages, and nobody else waits.
         try:
-            await asyncio.wait_for(context.write(frame), self._config.stall_timeout_s)
+            await asyncio.wait_for(sending, self._config.stall_timeout_s)
         except TimeoutError as error:
             raise self._stalled() from error
 
@@ -112,7 +136,8 @@ class PrefillService:
 
     async def _frames(
         self, request: PrefillRequest, remaining_s: float | None
-    ) -> AsyncGenerator[bytes]:
+    ) -> AsyncGenerator[tuple[int, bytes]]:
+        """The frames that answer a request, and the lane of each."""
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[JobNews] = asyncio.Queue()
         job = self._worker.submit(
@@ -128,9 +153,9 @@ class PrefillService:
                         raise item
                     if isinstance(item, TurnDone) and loop.time() < sent + WAIT_INTERVAL_S:
                         continue
-                    for pack in packer.packs(item):
+                    for lane, pack in packer.packs(item):
                         await self._wait_for_room(packer)
-                        yield await loop.run_in_executor(self._packer, pack)
+                        yield lane, await loop.run_in_executor(self._packer, pack)
                         sent = loop.time()
                     if (
                         isinstance(item, LayerDone)

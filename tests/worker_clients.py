@@ -223,6 +223,11 @@ class PrefillClient:
             request_serializer=prefill_pb2.PrefillRequest.SerializeToString,
             response_deserializer=bytes,
         )
+        self._lane: grpc.aio.UnaryStreamMultiCallable[Any, bytes] = channel.unary_stream(
+            "/colm.v1.PrefillService/PrefillLane",
+            request_serializer=prefill_pb2.PrefillLaneRequest.SerializeToString,
+            response_deserializer=bytes,
+        )
         self._status = channel.unary_unary(
             "/colm.v1.PrefillService/GetStatus",
             request_serializer=prefill_pb2.PrefillStatusRequest.SerializeToString,
@@ -240,6 +245,9 @@ class PrefillClient:
         self, request: PrefillRequest, timeout_s: float | None = None
     ) -> grpc.aio.UnaryStreamCall[Any, bytes]:
         return self._prefill(serde.prefill_request_to_proto(request), timeout=timeout_s)
+
+    def open_lane(self, stream_id: int, lane: int) -> grpc.aio.UnaryStreamCall[Any, bytes]:
+        return self._lane(prefill_pb2.PrefillLaneRequest(stream_id=stream_id, lane=lane))
 
     async def messages(self, request: PrefillRequest) -> list[bytes]:
         """Every message of a Prefill call, as it was on the wire."""

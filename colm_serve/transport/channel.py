@@ -52,14 +52,16 @@ def bind(server: grpc.aio.Server, host: str, port: int, tls: TlsConfig | None) -
     return f"{wanted.rpartition(':')[0]}:{bound}"
 
 
-def connect(address: str, tls: TlsConfig | None) -> grpc.aio.Channel:
-    """A channel to a peer's bound address."""
+def connect(address: str, tls: TlsConfig | None, *, is_alone: bool = False) -> grpc.aio.Channel:
+    """A channel to a peer's bound address, if `is_alone` with a connection of its own."""
+    # Channels to one address share a connection unless told otherwise.
+    options = [*_OPTIONS, ("grpc.use_local_subchannel_pool", int(is_alone))]
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+        return grpc.aio.insecure_channel(address, options=options)
     credentials = grpc.ssl_channel_credentials(
         _read(tls.ca_file), _read(tls.key_file), _read(tls.cert_file)
     )
-    return grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def _read(path: Path) -> bytes:
@@ -67,24 +69,26 @@ def _read(path: Path) -> bytes:
 
 
 class ChannelCache:
-    """One channel to each address, opened when first asked for; belongs to one event loop.
+    """One channel to each address, or one for each of several lanes, opened when first asked for.
 
-    The least recently used beyond `max_channels` are closed: addresses of workers long gone.
+    It belongs to one event loop. The least recently used beyond `max_channels` are closed:
+    addresses of workers long gone.
     """
 
     def __init__(self, tls: TlsConfig | None, max_channels: int = 256) -> None:
         self._tls = tls
         self._max_channels = max_channels
-        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+        self._channels: OrderedDict[tuple[str, int], grpc.aio.Channel] = OrderedDict()
 
-    async def get(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = connect(address, self._tls)
-        self._channels.move_to_end(address)
+    async def get(self, address: str, lane: int = 0) -> grpc.aio.Channel:
+        key = (address, lane)
+        if key not in self._channels:
+            self._channels[key] = connect(address, self._tls, is_alone=lane > 0)
+        self._channels.move_to_end(key)
         if len(self._channels) > self._max_channels:
             _, oldest = self._channels.popitem(last=False)
             await oldest.close()
-        return self._channels[address]
+        return self._channels[key]
 
     async def close(self) -> None:
         channels, self._channels = self._channels, OrderedDict()

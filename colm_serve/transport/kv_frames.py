@@ -92,6 +92,11 @@ _FIELDS: dict[type[Any], dict[str, type]] = {
 }
 
 
+def lane_id(stream_id: int, lane: int) -> int:
+    """What the digests of one lane of a stream are seeded with."""
+    return (stream_id + lane) % 2**64
+
+
 def encode(frame: Frame, stream_id: int, parts: Sequence[Buffer] = ()) -> bytes:
     """The wire bytes of a frame whose payload is `parts` one after another."""
     header = msgpack.packb({"kind": _NAMES[type(frame)], **asdict(frame)})

@@ -19,6 +19,7 @@ def prefill_request_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequ
         codec=request.codec,
         ttft_s=request.ttft_s,
         segment=None if request.segment is None else _segment_to_proto(request.segment),
+        num_lanes=request.num_lanes,
     )
 
 
@@ -34,6 +35,7 @@ def prefill_request_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRe
         codec=message.codec or "raw",
         ttft_s=message.ttft_s if message.HasField("ttft_s") else None,
         segment=_segment_from_proto(message.segment) if message.HasField("segment") else None,
+        num_lanes=max(1, message.num_lanes),
     )
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from colm_serve.proto.colm.v1 import common_pb2 as colm__serve_dot_proto_dot_colm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&colm_serve/proto/colm/v1/prefill.proto\x12\x07\x63olm.v1\x1a%colm_serve/proto/colm/v1/common.proto\"\xff\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tship_from\x18\x03 \x01(\r\x12\x13\n\x0bkv_identity\x18\x04 \x01(\t\x12!\n\x06layout\x18\x05 \x01(\x0b\x32\x11.colm.v1.KvLayout\x12\x11\n\tstream_id\x18\x06 \x01(\x06\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12\x13\n\x06ttft_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12%\n\x07segment\x18\n \x01(\x0b\x32\x14.colm.v1.SegmentNameB\t\n\x07_ttft_s\"I\n\x0bSegmentName\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x12\n\nring_bytes\x18\x03 \x01(\x04\x12\r\n\x05nonce\x18\x04 \x01(\x06\":\n\x07KvFrame\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x06\"\x16\n\x14PrefillStatusRequest\"\x84\x02\n\rPrefillStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bkv_identity\x18\x03 \x01(\t\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x19\n\x11num_queued_tokens\x18\x06 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x07 \x01(\x01\x12\x16\n\x0enum_free_pages\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\n \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x0b \x01(\x04\x32\x8c\x01\n\x0ePrefillService\x12\x36\n\x07Prefill\x12\x17.colm.v1.PrefillRequest\x1a\x10.colm.v1.KvFrame0\x01\x12\x42\n\tGetStatus\x12\x1d.colm.v1.PrefillStatusRequest\x1a\x16.colm.v1.PrefillStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&colm_serve/proto/colm/v1/prefill.proto\x12\x07\x63olm.v1\x1a%colm_serve/proto/colm/v1/common.proto\"\x92\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tship_from\x18\x03 \x01(\r\x12\x13\n\x0bkv_identity\x18\x04 \x01(\t\x12!\n\x06layout\x18\x05 \x01(\x0b\x32\x11.colm.v1.KvLayout\x12\x11\n\tstream_id\x18\x06 \x01(\x06\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12\x13\n\x06ttft_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12%\n\x07segment\x18\n \x01(\x0b\x32\x14.colm.v1.SegmentName\x12\x11\n\tnum_lanes\x18\x0b \x01(\rB\t\n\x07_ttft_s\"5\n\x12PrefillLaneRequest\x12\x11\n\tstream_id\x18\x01 \x01(\x06\x12\x0c\n\x04lane\x18\x02 \x01(\r\"I\n\x0bSegmentName\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x12\n\nring_bytes\x18\x03 \x01(\x04\x12\r\n\x05nonce\x18\x04 \x01(\x06\":\n\x07KvFrame\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x06\"\x16\n\x14PrefillStatusRequest\"\x84\x02\n\rPrefillStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bkv_identity\x18\x03 \x01(\t\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x19\n\x11num_queued_tokens\x18\x06 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x07 \x01(\x01\x12\x16\n\x0enum_free_pages\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\n \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x0b \x01(\x04\x32\xcc\x01\n\x0ePrefillService\x12\x36\n\x07Prefill\x12\x17.colm.v1.PrefillRequest\x1a\x10.colm.v1.KvFrame0\x01\x12>\n\x0bPrefillLane\x12\x1b.colm.v1.PrefillLaneRequest\x1a\x10.colm.v1.KvFrame0\x01\x12\x42\n\tGetStatus\x12\x1d.colm.v1.PrefillStatusRequest\x1a\x16.colm.v1.PrefillStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm_serve.proto.colm.v1.pr
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=91
-  _globals['_PREFILLREQUEST']._serialized_end=346
-  _globals['_SEGMENTNAME']._serialized_start=348
-  _globals['_SEGMENTNAME']._serialized_end=421
-  _globals['_KVFRAME']._serialized_start=423
-  _globals['_KVFRAME']._serialized_end=481
-  _globals['_PREFILLSTATUSREQUEST']._serialized_start=483
-  _globals['_PREFILLSTATUSREQUEST']._serialized_end=505
-  _globals['_PREFILLSTATUS']._serialized_start=508
-  _globals['_PREFILLSTATUS']._serialized_end=768
-  _globals['_PREFILLSERVICE']._serialized_start=771
-  _globals['_PREFILLSERVICE']._serialized_end=911
+  _globals['_PREFILLREQUEST']._serialized_end=365
+  _globals['_PREFILLLANEREQUEST']._serialized_start=367
+  _globals['_PREFILLLANEREQUEST']._serialized_end=420
+  _globals['_SEGMENTNAME']._serialized_start=422
+  _globals['_SEGMENTNAME']._serialized_end=495
+  _globals['_KVFRAME']._serialized_start=497
+  _globals['_KVFRAME']._serialized_end=555
+  _globals['_PREFILLSTATUSREQUEST']._serialized_start=557
+  _globals['_PREFILLSTATUSREQUEST']._serialized_end=579
+  _globals['_PREFILLSTATUS']._serialized_start=582
+  _globals['_PREFILLSTATUS']._serialized_end=842
+  _globals['_PREFILLSERVICE']._serialized_start=845
+  _globals['_PREFILLSERVICE']._serialized_end=1049
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "ship_from", "kv_identity", "layout", "stream_id", "cache_salt", "codec", "ttft_s", "segment")
+    __slots__ = ("request_id", "token_ids", "ship_from", "kv_identity", "layout", "stream_id", "cache_salt", "codec", "ttft_s", "segment", "num_lanes")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SHIP_FROM_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class PrefillRequest(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_LANES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     ship_from: int
@@ -28,7 +29,16 @@ class PrefillRequest(_message.Message):
     codec: str
     ttft_s: float
     segment: SegmentName
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., ship_from: _Optional[int] = ..., kv_identity: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., stream_id: _Optional[int] = ..., cache_salt: _Optional[str] = ..., codec: _Optional[str] = ..., ttft_s: _Optional[float] = ..., segment: _Optional[_Union[SegmentName, _Mapping]] = ...) -> None: ...
+    num_lanes: int
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., ship_from: _Optional[int] = ..., kv_identity: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., stream_id: _Optional[int] = ..., cache_salt: _Optional[str] = ..., codec: _Optional[str] = ..., ttft_s: _Optional[float] = ..., segment: _Optional[_Union[SegmentName, _Mapping]] = ..., num_lanes: _Optional[int] = ...) -> None: ...
+
+class PrefillLaneRequest(_message.Message):
+    __slots__ = ("stream_id", "lane")
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    stream_id: int
+    lane: int
+    def __init__(self, stream_id: _Optional[int] = ..., lane: _Optional[int] = ...) -> None: ...
 
 class SegmentName(_message.Message):
     __slots__ = ("pid", "fd", "ring_bytes", "nonce")

@@ -41,6 +41,11 @@ class PrefillServiceStub(object):
                 request_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.KvFrame.FromString,
                 _registered_method=True)
+        self.PrefillLane = channel.unary_stream(
+                '/colm.v1.PrefillService/PrefillLane',
+                request_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.PrefillLaneRequest.SerializeToString,
+                response_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.KvFrame.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/colm.v1.PrefillService/GetStatus',
                 request_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.PrefillStatusRequest.SerializeToString,
@@ -59,6 +64,13 @@ class PrefillServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrefillLane(self, request, context):
+        """Some of the layers of a Prefill call under way, for which it asked, over another connection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -71,6 +83,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
             'Prefill': grpc.unary_stream_rpc_method_handler(
                     servicer.Prefill,
                     request_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
+                    response_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.KvFrame.SerializeToString,
+            ),
+            'PrefillLane': grpc.unary_stream_rpc_method_handler(
+                    servicer.PrefillLane,
+                    request_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.PrefillLaneRequest.FromString,
                     response_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.KvFrame.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
@@ -107,6 +124,33 @@ class PrefillService(object):
             target,
             '/colm.v1.PrefillService/Prefill',
             colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
+            colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.KvFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefillLane(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/colm.v1.PrefillService/PrefillLane',
+            colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.PrefillLaneRequest.SerializeToString,
             colm__serve_dot_proto_dot_colm_dot_v1_dot_prefill__pb2.KvFrame.FromString,
             options,
             channel_credentials,
