@@ -243,7 +243,8 @@ class PromptFetcher:
         """A lane's frames up to its last one, each taken."""
         while True:
             try:
-                message = await asyncio.wait_for(call.read(), self._frame_timeout_s)
+                async with asyncio.timeout(self._frame_timeout_s):
+                    message = await call.read()
             except TimeoutError as error:
                 raise DeadlineExceeded(f"no KV frame for {self._frame_timeout_s} s") from error
             if not isinstance(message, bytes):

@@ -119,7 +119,8 @@ class PrefillService:
         # Flow control holds a write back while the receiver is slow; its KV waits in the job's
         # pages, and nobody else waits.
         try:
-            await asyncio.wait_for(sending, self._config.stall_timeout_s)
+            async with asyncio.timeout(self._config.stall_timeout_s):
+                await sending
         except TimeoutError as error:
             raise self._stalled() from error
 

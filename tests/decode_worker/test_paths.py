@@ -104,7 +104,7 @@ async def test_a_segment_that_cannot_be_opened_is_done_without(folder: Path) -> 
 async def test_a_receiver_that_frees_no_room_is_cut(tmp_path: Path) -> None:
     wide = replace(TINY, num_layers=8, num_heads=32, num_kv_heads=8, head_dim=32)
     folder = make_model_folder(tmp_path / "wide", wide)
-    segment = ReceivingSegment(2 * 1024 * 1024)
+    segment = ReceivingSegment(RING_BYTES)
     async with serving(folder, kv_tokens=4096, stall_timeout_s=0.5) as client:
         request = replace(client.request(make_prompt(2048, wide)), segment=segment.name)
         call = client.open(request)
@@ -120,8 +120,8 @@ async def test_lanes_share_the_layers_out(folder: Path) -> None:
         request = replace(client.request(make_prompt(40)), num_lanes=2)
         call = client.open(request)
         opening = await next_message(call)
-        lane = [message async for message in client.open_lane(STREAM_ID, 1)]
-        first = [opening, *[message async for message in call]]
+        lane = await read_all(client.open_lane(STREAM_ID, 1))
+        first = [opening, *await read_all(call)]
     layers = [
         [frame.layer for frame in frames if isinstance(frame, KvFrame)]
         for frames in (
@@ -174,7 +174,7 @@ async def test_lanes_end_with_their_call(folder: Path) -> None:
         await next_message(lane)
         call.cancel()
         # Without an end frame, by which the receiver sees that it was cut.
-        assert all([b"end" not in message async for message in lane])
+        assert all(b"end" not in message for message in await read_all(lane))
         await eventually(client.is_idle, "its pages come back")
 
 
@@ -214,6 +214,9 @@ async def next_message(call: grpc.aio.UnaryStreamCall[object, bytes]) -> bytes:
     return message
 
 
-async def read_all(call: grpc.aio.UnaryStreamCall[object, bytes]) -> None:
-    async for _ in call:
-        pass
+async def read_all(call: grpc.aio.UnaryStreamCall[object, bytes]) -> list[bytes]:
+    """The rest of the messages; `async for` does not go with `read` on one call."""
+    messages = []
+    while isinstance(message := await call.read(), bytes):
+        messages.append(message)
+    return messages
