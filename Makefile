@@ -34,7 +34,7 @@ proto: $(STAMP)
 
 # A test compares the committed stubs with freshly generated ones: tests/test_generated_code.py.
 test: lint typecheck
-	TRITON_INTERPRET=1 $(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadfile
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill_throughput.py
@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/sparse_prefill.py
+	$(BIN)/python benchmarks/kv_codecs.py
 	$(BIN)/python benchmarks/kv_transfer.py
 	$(BIN)/python benchmarks/ttft.py
 	$(BIN)/python benchmarks/update_readme.py

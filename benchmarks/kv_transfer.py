@@ -3,8 +3,9 @@
 Two processes on one machine. KV goes end to end, out of the sender's pages into the receiver's,
 its digests checked, by each path: the sender is a prefill service that finds the prompt in its
 prefix cache and so computes nothing, the receiver the decode worker's fetcher. By turns with it go
-as many bytes in messages of the same size over gRPC alone, where nobody looks at them, and over a
-TCP socket into a buffer. CPU seconds are those of both processes.
+as many bytes in messages of the same size over gRPC alone, where nobody looks at them; over gRPC
+out of a buffer and into another, the least that KV needs; and over a TCP socket into a buffer. CPU
+seconds are those of both processes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -26,6 +27,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import psutil
 import torch
 from reporting import Row, save, show
@@ -64,12 +66,20 @@ SWEEP_BYTES = (0, 64 * 1024, 256 * 1024, 1024 * 1024, 4 * 1024 * 1024)
 #: What is compared, and how the rows call it.
 WAYS = {
     "frames": "KV over gRPC",
+    "connections": "KV over two gRPC connections",
     "memory": "KV over shared memory",
     "grpc": "bare gRPC",
+    "copies": "gRPC between buffers",
     "tcp": "raw TCP",
 }
 #: Numerator, denominator, least ratio to reach.
-RATIOS = (("frames", "grpc", 0.9), ("frames", "tcp", None), ("memory", "frames", 3.0))
+RATIOS = (
+    ("frames", "grpc", 0.9),
+    ("frames", "copies", None),
+    ("frames", "tcp", None),
+    ("connections", "frames", None),
+    ("memory", "frames", 3.0),
+)
 HOST = "127.0.0.1"
 
 
@@ -78,14 +88,16 @@ class BareService:
 
     def __init__(self, messages: list[bytes]) -> None:
         self._messages = messages
+        self._buffer = np.frombuffer(b"".join(messages), np.uint8)
         self.address = ""
 
     async def start(self) -> None:
         self._server = make_server()
-        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(
-            self._send
-        )
-        handlers = grpc.method_handlers_generic_handler("benchmark", {"Send": handler})
+        methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "Send": grpc.unary_stream_rpc_method_handler(self._send),
+            "Copy": grpc.unary_stream_rpc_method_handler(self._copy),
+        }
+        handlers = grpc.method_handlers_generic_handler("benchmark", methods)
         self._server.add_generic_rpc_handlers((handlers,))
         self.address = bind(self._server, HOST, 0, None)
         await self._server.start()
@@ -96,6 +108,10 @@ class BareService:
     async def _send(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         for message in self._messages:
             await context.write(message)
+
+    async def _copy(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        for part in np.split(self._buffer, len(self._messages)):
+            await context.write(part.tobytes())
 
 
 def serve_tcp(listener: socket.socket, messages: list[bytes]) -> None:
@@ -157,20 +173,26 @@ class Receiver:
         self._num_tokens = num_tokens
         self._channels = channels
         self._pages = tuple(range(pool.num_pages))
-        self._over_grpc, self._over_memory = (
-            fetcher(pool, channels, use_shared_memory) for use_shared_memory in (False, True)
-        )
+        self._fetchers = {
+            "frames": fetcher(pool, channels),
+            "connections": fetcher(pool, channels, num_connections=2),
+            "memory": fetcher(pool, channels, use_shared_memory=True),
+        }
         self._buffer = bytearray(num_tokens * BYTES_PER_TOKEN)
 
     def close(self) -> None:
-        self._over_grpc.close()
-        self._over_memory.close()
+        for each in self._fetchers.values():
+            each.close()
 
-    async def frames(self) -> None:
-        await self._fetch(self._over_grpc)
-
-    async def shared_memory(self) -> None:
-        await self._fetch(self._over_memory)
+    async def get(self, way: str) -> None:
+        """Everything once, by one of `WAYS`."""
+        match way:
+            case "grpc" | "copies":
+                await self._over_bare_grpc(is_copied=way == "copies")
+            case "tcp":
+                await self._over_tcp()
+            case _:
+                await self._fetch(self._fetchers[way])
 
     async def _fetch(self, fetcher: PromptFetcher) -> None:
         # The last token of a prompt is not shipped.
@@ -183,27 +205,30 @@ class Receiver:
         await fetcher.fetch(sequence)
         assert sequence.num_missing == 0, "the transfer failed"
 
-    async def grpc(self) -> None:
+    async def _over_bare_grpc(self, *, is_copied: bool) -> None:
         channel = await self._channels.get(self._addresses["grpc"])
         send: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
-            "/benchmark/Send", request_serializer=bytes, response_deserializer=bytes
+            "/benchmark/Copy" if is_copied else "/benchmark/Send",
+            request_serializer=bytes,
+            response_deserializer=bytes,
         )
-        async for _ in send(b""):
-            pass
+        at = 0
+        async for message in send(b""):
+            if is_copied:
+                self._buffer[at : at + len(message)] = message
+                at += len(message)
 
-    async def tcp(self) -> None:
+    async def _over_tcp(self) -> None:
         with socket.create_connection((HOST, self._addresses["tcp"])) as connection:
             left = memoryview(self._buffer)
             while left:
                 left = left[connection.recv_into(left) :]
 
 
-def fetcher(pool: KvPool, channels: ChannelCache, use_shared_memory: bool) -> PromptFetcher:
+def fetcher(pool: KvPool, channels: ChannelCache, **way: Any) -> PromptFetcher:
     # No speed of computing here is known, so that all is shipped.
     planner = PrefillPlanner(lambda _: LocalLoad(None, 0, 0), LAYOUT.num_layers)
-    return PromptFetcher(
-        pool, LAYOUT, IDENTITY, channels, 60.0, "raw", planner, use_shared_memory=use_shared_memory
-    )
+    return PromptFetcher(pool, LAYOUT, IDENTITY, channels, 60.0, "raw", planner, **way)
 
 
 @dataclass(frozen=True)
@@ -223,11 +248,9 @@ class Cost:
         return self.cpu_s / (self.num_bytes / 1e9)
 
 
-async def cost(
-    run: Callable[[], Awaitable[None]], num_bytes: int, processes: list[psutil.Process]
-) -> Cost:
+async def cost(getting: Awaitable[None], num_bytes: int, processes: list[psutil.Process]) -> Cost:
     cpu_before, begin = cpu_seconds(processes), time.perf_counter()
-    await run()
+    await getting
     seconds = time.perf_counter() - begin
     return Cost(num_bytes, seconds, cpu_seconds(processes) - cpu_before)
 
@@ -244,19 +267,14 @@ async def compare(num_tokens: int, frame_bytes: int, repeats: int) -> dict[str, 
     with sender(num_tokens, frame_bytes) as (process, addresses):
         receiver = Receiver(addresses, num_tokens, channels, pool)
         processes = [psutil.Process(), process]
-        runs = {
-            "frames": receiver.frames,
-            "memory": receiver.shared_memory,
-            "grpc": receiver.grpc,
-            "tcp": receiver.tcp,
-        }
-        costs: dict[str, list[Cost]] = {name: [] for name in runs}
+        costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
         try:
-            for run in runs.values():
-                await run()
+            for way in WAYS:
+                await receiver.get(way)
             for _ in range(repeats):
-                for name, run in runs.items():
-                    costs[name].append(await cost(run, num_tokens * BYTES_PER_TOKEN, processes))
+                for way, of_way in costs.items():
+                    num_bytes = num_tokens * BYTES_PER_TOKEN
+                    of_way.append(await cost(receiver.get(way), num_bytes, processes))
         finally:
             receiver.close()
             await channels.close()
@@ -291,7 +309,10 @@ def rows_of(frame_bytes: int, costs: dict[str, list[Cost]], is_default: bool) ->
 def _note(target: float | None, ratios: list[float]) -> str:
     if target is None or median(ratios) >= target:
         return ""
-    return "both processes share two cores, which copies and digests keep busy: see the CPU rows"
+    return (
+        "both processes share two cores, which copying KV out of pages and into pages, and its "
+        "digests, keep busy: see gRPC between buffers, and the CPU rows"
+    )
 
 
 def main() -> None:
