@@ -30,6 +30,8 @@ _MEMFD_NAME = "colm-kv"
 #: What comes before the ring: the nonce, and on a cache line of its own how far it was read.
 _HEAD_BYTES = 4096
 _CONSUMED_AT = 64
+#: Copied, then digested, while it is in a core's cache.
+_PIECE_BYTES = 128 * 1024
 #: Position in the stream of all payloads, size and digest of one.
 _DESCRIPTOR = struct.Struct("<QQQ")
 #: A sender must not fault because the receiver has cut its segment short.
@@ -149,9 +151,12 @@ class SendingSegment(_Segment):
         at = position % self._ring_bytes
         for part in parts:
             source = np.frombuffer(part, np.uint8)
-            self._ring[at : at + len(source)] = source
-            digest.update(part)
-            at += len(source)
+            for piece in (
+                source[i : i + _PIECE_BYTES] for i in range(0, len(source), _PIECE_BYTES)
+            ):
+                self._ring[at : at + len(piece)] = piece
+                digest.update(piece)
+                at += len(piece)
         self._produced = position + num_bytes
         return _DESCRIPTOR.pack(position, num_bytes, digest.intdigest())
 
