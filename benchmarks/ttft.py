@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -60,6 +61,8 @@ MODEL = ColmConfig(
     num_kv_heads=8, head_dim=64, max_context=16384, tie_embeddings=True,
 )  # fmt: skip
 LENGTHS = (1024, 2048, 4096, 8192)
+#: TTFT of two processes over that of one, at most.
+TARGET = 1.05
 LEVEL = 4
 NUM_THREADS = 2
 CHUNK_TOKENS = 512
@@ -201,9 +204,12 @@ async def compare(
             cpu.append(cpu_s / apart_s)
     ratios = [b / a for a, b in zip(alone, apart, strict=True)]
     name = f"{num_tokens} tokens, {path}"
+    is_missed = median(ratios) > TARGET
+    shared_cores = "what both processes do to move KV is taken from the prefill's own two cores"
     return [
         Row.of(f"{name}: TTFT of one process", [s * 1e3 for s in alone], "ms", "lower"),
-        Row.of(f"{name}: TTFT of two over one", ratios, "x", "lower", target=1.05, headline=True),
+        Row.of(f"{name}: TTFT of two over one", ratios, "x", "lower", target=TARGET,
+               headline=True, note=shared_cores if is_missed else ""),
         Row.of(f"{name}: TTFT of two", [s * 1e3 for s in apart], "ms", "lower"),
         Row.of(f"{name}: cores that the decode worker kept busy", cpu, "", "lower",
                note="it checks and writes frames, and makes the first token"),
