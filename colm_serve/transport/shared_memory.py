@@ -150,11 +150,10 @@ class SendingSegment(_Segment):
         position = self._place(num_bytes)
         at = position % self._ring_bytes
         for part in parts:
-            source = np.frombuffer(part, np.uint8)
-            for piece in (
-                source[i : i + _PIECE_BYTES] for i in range(0, len(source), _PIECE_BYTES)
-            ):
-                self._ring[at : at + len(piece)] = piece
+            source = memoryview(part).cast("B")
+            for start in range(0, len(source), _PIECE_BYTES):
+                piece = source[start : start + _PIECE_BYTES]
+                self._ring[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
                 digest.update(piece)
                 at += len(piece)
         self._produced = position + num_bytes
