@@ -1,5 +1,19 @@
 """Kernels run in Triton's interpreter here; it must be chosen before Triton is imported."""
 
+from __future__ import annotations
+
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+SYSTEM = Path(__file__).parent / "system"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process; so do all that start Ray, one cluster at a time."""
+    for item in items:
+        name = "ray" if item.path.is_relative_to(SYSTEM) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))

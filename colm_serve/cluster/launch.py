@@ -85,4 +85,7 @@ def _init_ray(config: ClusterConfig) -> None:
     wanted = sum(slot.num_cpus for slot in slots_of(config))
     # A laptop hosts the whole cluster: what Ray counts is places, not cores.
     num_cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    try:
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    except RuntimeError as error:
+        raise Unavailable(f"Ray did not start: {error}") from error
