@@ -26,21 +26,27 @@ class DecodeState:
     """A decode worker. `outstanding` work was placed since and is not in `status` yet.
 
     `tpot_s` is the strictest target among the requests that this router runs there.
+    `num_matched_tokens` is how much of the prompt to be placed the router believes cached there.
     """
 
     member: Member
     status: DecodeStatus
     outstanding: tuple[Work, ...] = ()
     tpot_s: float | None = None
+    num_matched_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class PrefillState:
-    """A prefill worker; `num_outstanding_tokens` were sent there and are not in `status` yet."""
+    """A prefill worker; `num_outstanding_tokens` were sent there and are not in `status` yet.
+
+    `num_matched_tokens` is how much of the prompt to be placed the router believes cached there.
+    """
 
     member: Member
     status: PrefillStatus
     num_outstanding_tokens: int = 0
+    num_matched_tokens: int = 0
 
 
 @dataclass(frozen=True)
