@@ -83,6 +83,9 @@ class Options(TypedDict, total=False):
     max_level: int | None
     cache_salt: str
     sla_class: str
+    ttft_ms: float | None
+    tpot_ms: float | None
+    deadline_s: float | None
     timeout_s: float
 
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from colm_serve.errors import InvalidConfig
 
-Seconds = Annotated[float, Field(gt=0, le=86400)]
+MAX_S = 86400.0
+Seconds = Annotated[float, Field(gt=0, le=MAX_S)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -32,20 +33,29 @@ class SlaClass(_Frozen):
     """What a kind of request is promised, and the chain levels it may run at.
 
     The router takes the highest level inside the bounds at which the targets hold; with no
-    targets that is `max_level`.
+    targets that is `max_level`. Where not everybody can have it, those of more `weight` have more.
     """
 
     ttft_ms: float | None = Field(default=None, gt=0)
     tpot_ms: float | None = Field(default=None, gt=0)
     min_level: Count = 1
     max_level: Count | None = None
-    deadline_s: Seconds = 300.0
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    deadline_s: Seconds = Field(default=300.0, description="from receipt to the last token")
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> SlaClass:
         if self.max_level is not None and self.min_level > self.max_level:
             raise ValueError(f"min_level {self.min_level} is above max_level {self.max_level}")
         return self
+
+
+#: What there is without any config.
+SLA_CLASSES = {
+    "default": SlaClass(),
+    "interactive": SlaClass(ttft_ms=1000, tpot_ms=100, weight=4, deadline_s=60),
+    "batch": SlaClass(weight=0.25, deadline_s=3600),
+}
 
 
 class WorkerConfig(_Frozen):
@@ -208,7 +218,7 @@ class ClusterConfig(_Frozen):
     ray: RayConfig = RayConfig()
     tls: TlsConfig | None = None
     default_sla_class: str = "default"
-    sla_classes: dict[str, SlaClass] = Field(default_factory=lambda: {"default": SlaClass()})
+    sla_classes: dict[str, SlaClass] = SLA_CLASSES
 
     @model_validator(mode="after")
     def _is_consistent(self) -> ClusterConfig:

@@ -59,7 +59,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _SAME_NAME = (
     "model", "temperature", "top_p", "top_k", "seed", "ignore_eos", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "min_tokens", "sla_class", "level", "min_level",
-    "max_level", "cache_salt",
+    "max_level", "cache_salt", "ttft_ms", "tpot_ms", "deadline_s",
 )  # fmt: skip
 
 MAX_CHOICES = 16
@@ -110,6 +110,9 @@ class _GenerationBody(_Body):
     min_level: int | None = None
     max_level: int | None = None
     cache_salt: str | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    deadline_s: float | None = None
 
     @property
     def is_echoed(self) -> bool:

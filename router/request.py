@@ -64,6 +64,9 @@ class GenerationRequest:
     min_level: int | None = None
     max_level: int | None = None
     cache_salt: str = ""
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,9 @@ def request_to_proto(request: GenerationRequest) -> generation_pb2.GenerateReque
             min_level=request.min_level,
             max_level=request.max_level,
             cache_salt=request.cache_salt,
+            ttft_ms=request.ttft_ms,
+            tpot_ms=request.tpot_ms,
+            deadline_s=request.deadline_s,
         )
         _set_prompt(message, request.prompt)
     except (ValueError, TypeError) as error:
@@ -112,6 +115,9 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationReq
         min_level=message.min_level if message.HasField("min_level") else None,
         max_level=message.max_level if message.HasField("max_level") else None,
         cache_salt=message.cache_salt,
+        ttft_ms=message.ttft_ms if message.HasField("ttft_ms") else None,
+        tpot_ms=message.tpot_ms if message.HasField("tpot_ms") else None,
+        deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
     )
 
 

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from colm_serve.config import SlaClass
+from colm_serve.config import MAX_S, SlaClass
 from colm_serve.core import MAX_SEED, SamplingParams
 from colm_serve.errors import InvalidArgument, InvalidConfig, UnknownModel
 from colm_serve.router.model_facts import ModelFacts
@@ -24,6 +24,8 @@ DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
 MAX_CACHE_SALT = 256
 ROLES = ("system", "user", "assistant")
+#: What a request may name itself, and the most that it may be.
+_TARGETS = {"ttft_ms": MAX_S * 1000, "tpot_ms": MAX_S * 1000, "deadline_s": MAX_S}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class CheckedRequest:
     tpot_s: float | None
     deadline_s: float
     cache_salt: str
+    weight: float = 1.0
+    #: Targets that the request itself names, rather than its class.
+    own_targets: frozenset[str] = frozenset()
     is_scored_only: bool = False
 
 
@@ -75,6 +80,7 @@ class Validator:
         self._check_model(request.model)
         sla = self._sla_class(request.sla_class)
         min_level, max_level = self._levels(request, sla)
+        sla = _with_own_targets(request, sla)
         _check_stop(request.stop)
         if len(request.cache_salt) > MAX_CACHE_SALT:
             shown = f"{len(request.cache_salt)} characters"
@@ -94,6 +100,8 @@ class Validator:
             ttft_s=None if sla.ttft_ms is None else sla.ttft_ms / 1000,
             tpot_s=None if sla.tpot_ms is None else sla.tpot_ms / 1000,
             deadline_s=sla.deadline_s,
+            weight=sla.weight,
+            own_targets=frozenset(t for t in _TARGETS if getattr(request, t) is not None),
             is_scored_only=_is_scored_only(request),
             cache_salt=request.cache_salt,
         )
@@ -206,6 +214,17 @@ class Validator:
 
 def _is_scored_only(request: GenerationRequest) -> bool:
     return request.max_tokens == 0 and request.prompt_logprobs is not None
+
+
+def _with_own_targets(request: GenerationRequest, sla: SlaClass) -> SlaClass:
+    """The class with the targets that the request names itself."""
+    own = {field: getattr(request, field) for field in _TARGETS}
+    given = {field: value for field, value in own.items() if value is not None}
+    for field, value in given.items():
+        # Written so that NaN fails too.
+        if not 0 < value <= _TARGETS[field]:
+            raise InvalidArgument(field, value, f"above 0, to {_TARGETS[field]:.0f}")
+    return sla.model_copy(update=given)
 
 
 def _check_roles(messages: tuple[ChatMessage, ...]) -> None:

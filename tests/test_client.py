@@ -61,12 +61,16 @@ async def test_every_option_arrives(tmp_path: Path) -> None:
             min_level=1,
             max_level=2,
             sla_class="default",
+            ttft_ms=2000.0,
+            tpot_ms=12.0,
+            deadline_s=4.0,
             timeout_s=5,
         )
         _ = [event async for event in stream]
         request = cluster.worker.requests[0]
         assert list(request.prompt) == trained_tokenizer().encode("<|user|>hi<|assistant|>").ids
-        assert request.level == 2
+        assert request.level == 1, "a step takes 10 ms a level"
+        assert request.ttft_s == pytest.approx(2.0, abs=0.5)
         assert request.sampling == SamplingParams(
             max_tokens=3,
             temperature=0.5,

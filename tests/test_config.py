@@ -38,6 +38,16 @@ def test_a_file_is_read_and_defaults_filled_in(tmp_path: Path) -> None:
     assert config.tls is None
 
 
+def test_there_are_classes_without_any_config(tmp_path: Path) -> None:
+    config = load(tmp_path, "model: m")
+    assert config.sla_classes[config.default_sla_class] == SlaClass(), "no targets"
+    interactive, batch = config.sla_classes["interactive"], config.sla_classes["batch"]
+    assert interactive.ttft_ms is not None
+    assert batch.ttft_ms is None
+    assert batch.weight < SlaClass().weight < interactive.weight
+    assert list(load(tmp_path, FULL).sla_classes) == ["chat", "batch"], "one's own replace them"
+
+
 def test_the_model_path_counts_from_the_files_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +103,12 @@ def test_a_model_is_named_by_its_folder_unless_told_otherwise(tmp_path: Path) ->
             "min_level 3 is above max_level 2",
         ),
         ("model: m\nsla_classes: {default: {ttft_ms: 0}}", "sla_classes.default.ttft_ms", "0"),
+        ("model: m\nsla_classes: {default: {weight: 0}}", "sla_classes.default.weight", "than 0"),
+        (
+            "model: m\nsla_classes: {default: {weight: .inf}}",
+            "sla_classes.default.weight",
+            "finite",
+        ),
         ("model: m\ntls: {ca_file: a}", "tls.cert_file", "Field required"),
         ("- a list", "config", "a mapping of keys to values"),
         ("model: [", "config", "YAML"),

@@ -51,6 +51,11 @@ BAD: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
     (text(max_level=9), grpc.StatusCode.INVALID_ARGUMENT, "max_level"),
     (text(min_level=3, max_level=1), grpc.StatusCode.INVALID_ARGUMENT, "min_level"),
     (text(level=1, max_level=2), grpc.StatusCode.INVALID_ARGUMENT, "level"),
+    (text(ttft_ms=0.0), grpc.StatusCode.INVALID_ARGUMENT, "ttft_ms"),
+    (text(tpot_ms=-1.0), grpc.StatusCode.INVALID_ARGUMENT, "tpot_ms"),
+    (text(tpot_ms=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "tpot_ms"),
+    (text(deadline_s=float("inf")), grpc.StatusCode.INVALID_ARGUMENT, "deadline_s"),
+    (text(deadline_s=86401.0), grpc.StatusCode.INVALID_ARGUMENT, "deadline_s"),
     (text(stop=[""]), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
     (text(stop=["x"] * 17), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
     (sampled(temperature=2.1), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
@@ -225,6 +230,19 @@ async def test_seeds_are_drawn_when_not_given() -> None:
     assert first != second
     given = GenerationRequest(TokenPrompt((5,)), seed=0)
     assert (await validator().check(given)).sampling.seed == 0
+
+
+async def test_a_request_overrides_the_targets_of_its_class() -> None:
+    chat = SlaClass(ttft_ms=200, tpot_ms=20, max_level=2, weight=3, deadline_s=60)
+    checks = Validator(model_facts(), None, {"chat": chat}, "chat")
+    prompt = TokenPrompt((5,))
+    of_class = await checks.check(GenerationRequest(prompt))
+    assert (of_class.ttft_s, of_class.tpot_s, of_class.deadline_s) == (0.2, 0.02, 60)
+    assert (of_class.max_level, of_class.weight) == (2, 3)
+    assert of_class.own_targets == frozenset()
+    own = await checks.check(GenerationRequest(prompt, tpot_ms=50, deadline_s=5))
+    assert (own.ttft_s, own.tpot_s, own.deadline_s) == (0.2, 0.05, 5)
+    assert own.own_targets == {"tpot_ms", "deadline_s"}
 
 
 @pytest.mark.parametrize("prompt", [TextPrompt("x"), ChatPrompt(())])
