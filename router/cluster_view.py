@@ -7,44 +7,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+import random
+from collections.abc import Sequence
+from itertools import count
 
-from colm_serve.core import DecodeStatus, Member, Membership, PrefillStatus, WorkerKind
-from colm_serve.router.policy import Placement
+from colm_serve.core import Member, Membership
+from colm_serve.router.latency_model import queue_s
+from colm_serve.router.placement import WorkerGroup
+from colm_serve.router.policy import Placement, num_free_pages
+from colm_serve.router.prefix_index import block_hashes
 from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
+from colm_serve.router.worker_record import WorkerRecord, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
-WorkerStatus = DecodeStatus | PrefillStatus
-
-
-@dataclass
-class _Placed:
-    work: Work
-    is_counted: bool = False  # the worker has admitted it, so its next status has it
-
-
-@dataclass
-class WorkerRecord:
-    """One member: its last status, and what this router has running there by request id."""
-
-    member: Member
-    status: WorkerStatus | None = None
-    is_reachable: bool = False
-    placed: dict[str, _Placed] = field(default_factory=dict)
-    outstanding: set[str] = field(default_factory=set)
-
-    def outstanding_work(self) -> tuple[Work, ...]:
-        return tuple(self.placed[request_id].work for request_id in sorted(self.outstanding))
-
 
 class ClusterView:
-    """The members, and the snapshot that policies decide on."""
+    """The members, and the snapshots that policies decide on.
 
-    def __init__(self, kv_identity: str) -> None:
+    `block_tokens` is the page size of the workers, whose caches hold whole pages of a prompt.
+    """
+
+    def __init__(self, kv_identity: str, block_tokens: int = 16, seed: int = 0) -> None:
         self._kv_identity = kv_identity
+        self._block_tokens = block_tokens
+        self._draw = random.Random(seed).randrange
         self._version: int | None = None
         self._records: dict[Member, WorkerRecord] = {}
+        self._numbers = count()
+        self._decode: WorkerGroup[DecodeState] = WorkerGroup(block_tokens)
+        self._prefill: WorkerGroup[PrefillState] = WorkerGroup(block_tokens)
+        self._hashed: tuple[Sequence[int], str, tuple[int, ...]] = ((), "", ())
         self._foreign: frozenset[Member] = frozenset()
         self._changed = asyncio.Event()
 
@@ -57,9 +50,22 @@ class ClusterView:
     def records(self) -> tuple[WorkerRecord, ...]:
         return tuple(self._records.values())
 
+    @property
+    def num_decode(self) -> int:
+        """Decode workers that can be chosen."""
+        return len(self._decode)
+
+    def has_reachable_decode(self) -> bool:
+        return self.num_decode > 0
+
     def change(self) -> asyncio.Event:
         """Set at the next change of anything a policy could decide otherwise on."""
         return self._changed
+
+    def announce(self) -> None:
+        """Let those who wait for a change decide again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def apply(self, membership: Membership) -> bool:
         """Use a membership if it is newer than the one in use; returns whether it is."""
@@ -73,17 +79,21 @@ class ClusterView:
                 *(member.worker_id, member.address, member.kv_identity, self._kv_identity),
             )
         self._foreign = foreign
-        own = (member for member in membership.members if member not in foreign)
-        self._records = {m: self._records.get(m) or WorkerRecord(m) for m in own}
-        self._announce()
+        before, self._records = self._records, {}
+        for member in membership.members:
+            if member not in foreign:
+                record = before.pop(member, None) or WorkerRecord(member, next(self._numbers))
+                self._records[member] = record
+        for record in before.values():
+            self._decode.leave(record.number)
+            self._prefill.leave(record.number)
+        self.announce()
         return True
 
     def counted(self, member: Member) -> frozenset[str]:
         """The requests that a status asked for from now on will have counted."""
         record = self._records.get(member)
-        if record is None:
-            return frozenset()
-        return frozenset(i for i in record.outstanding if record.placed[i].is_counted)
+        return frozenset() if record is None else record.counted()
 
     def set_status(self, member: Member, status: WorkerStatus, counted: frozenset[str]) -> None:
         """A worker answered. One that is not the member's process, or not its weights, is gone."""
@@ -93,10 +103,9 @@ class ClusterView:
         if (status.epoch, status.kv_identity) != (member.epoch, member.kv_identity):
             self.set_unreachable(member)
             return
-        record.status = status
-        record.is_reachable = True
-        record.outstanding -= counted
-        self._announce()
+        record.set_status(status, counted)
+        self._rank(record)
+        self.announce()
 
     def set_unreachable(self, member: Member) -> None:
         """A call to the worker failed; it is not used until it answers a poll."""
@@ -104,66 +113,87 @@ class ClusterView:
         if record is not None and record.is_reachable:
             record.is_reachable = False
             logger.warning("%s worker %s is unreachable", member.kind.value, member.worker_id)
-            self._announce()
+            self._rank(record)
+            self.announce()
 
-    def place(self, request_id: str, placement: Placement, work: Work) -> None:
+    def place(
+        self,
+        request_id: str,
+        placement: Placement,
+        work: Work,
+        prompt: Sequence[int] = (),
+        cache_salt: str = "",
+    ) -> None:
         """Count a request against its workers from now, before their statuses can."""
         for member in (placement.decode, *placement.prefill[:1]):
             if (record := self._records.get(member)) is not None:
-                record.placed[request_id] = _Placed(work)
-                record.outstanding.add(request_id)
+                record.place(request_id, work)
+                self._rank(record)
+                self.cached(member, prompt, cache_salt)
 
     def admitted(self, request_id: str, placement: Placement) -> None:
         """The workers know of the request."""
         for member in (placement.decode, *placement.prefill[:1]):
-            record = self._records.get(member)
-            if record is not None and request_id in record.placed:
-                record.placed[request_id].is_counted = True
+            if (record := self._records.get(member)) is not None:
+                record.admitted(request_id)
 
     def release(self, request_id: str, placement: Placement) -> None:
         """The request is over at its workers."""
         for member in (placement.decode, *placement.prefill[:1]):
             if (record := self._records.get(member)) is not None:
-                record.placed.pop(request_id, None)
-                record.outstanding.discard(request_id)
+                record.release(request_id)
+                self._rank(record)
+        self.announce()
+
+    def cached(self, member: Member, tokens: Sequence[int], cache_salt: str) -> None:
+        """A worker has the keys and values of a sequence, or is about to have them."""
+        if (record := self._records.get(member)) is not None:
+            hashes = self._hashes(tokens, cache_salt)
+            self._decode.cached(record.number, hashes)
+            self._prefill.cached(record.number, hashes)
 
     def snapshot(self) -> ClusterSnapshot:
-        """The reachable workers as they are now."""
-        reachable = [r for r in self._records.values() if r.is_reachable]
+        """All the workers that can be chosen, as they are now."""
+        states = [record.state() for record in self._records.values()]
         return ClusterSnapshot(
-            decode=tuple(
-                _decode_state(r, r.status) for r in reachable if isinstance(r.status, DecodeStatus)
-            ),
-            prefill=tuple(
-                _prefill_state(r, r.status)
-                for r in reachable
-                if isinstance(r.status, PrefillStatus)
-            ),
+            decode=tuple(state for state in states if isinstance(state, DecodeState)),
+            prefill=tuple(state for state in states if isinstance(state, PrefillState)),
         )
 
-    def has_reachable_decode(self) -> bool:
-        return any(
-            r.is_reachable and r.member.kind is WorkerKind.DECODE for r in self._records.values()
+    def candidates(self, prompt: Sequence[int], cache_salt: str) -> ClusterSnapshot:
+        """The workers to choose among for a prompt; see `placement`."""
+        hashes = self._hashes(prompt, cache_salt)
+        return ClusterSnapshot(
+            decode=self._decode.candidates(hashes, self._draw),
+            prefill=self._prefill.candidates(hashes, self._draw),
         )
 
-    def _announce(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def roomiest(self, prompt: Sequence[int], cache_salt: str) -> ClusterSnapshot:
+        """The decode workers with the most room: none has more, as far as this router knows."""
+        hashes = self._hashes(prompt, cache_salt)
+        return ClusterSnapshot(
+            decode=self._decode.roomiest(hashes),
+            prefill=self._prefill.candidates(hashes, self._draw),
+        )
 
+    def _rank(self, record: WorkerRecord) -> None:
+        """Take note of a worker after anything about it has changed."""
+        state = record.state()
+        if state is None:
+            self._decode.drop(record.number)
+            self._prefill.drop(record.number)
+        elif isinstance(state, DecodeState):
+            status = state.status
+            num_rows = sum(status.num_running) + status.num_waiting + len(state.outstanding)
+            load, num_free_now = num_rows / status.max_rows, num_free_pages(state)
+            self._decode.set(record.number, state, load=load, num_free_pages=num_free_now)
+        else:
+            load, num_free_now = queue_s(state), state.status.num_free_pages
+            self._prefill.set(record.number, state, load=load, num_free_pages=num_free_now)
 
-def _decode_state(record: WorkerRecord, status: DecodeStatus) -> DecodeState:
-    targets = [p.work.tpot_s for p in record.placed.values() if p.work.tpot_s is not None]
-    return DecodeState(
-        member=record.member,
-        status=status,
-        outstanding=record.outstanding_work(),
-        tpot_s=min(targets, default=None),
-    )
-
-
-def _prefill_state(record: WorkerRecord, status: PrefillStatus) -> PrefillState:
-    return PrefillState(
-        member=record.member,
-        status=status,
-        num_outstanding_tokens=sum(w.num_prompt_tokens for w in record.outstanding_work()),
-    )
+    def _hashes(self, tokens: Sequence[int], cache_salt: str) -> tuple[int, ...]:
+        """Made once for a prompt that is looked up and then placed."""
+        if self._hashed[:2] != (tokens, cache_salt):
+            hashes = block_hashes(tokens, self._block_tokens, cache_salt)
+            self._hashed = (tokens, cache_salt, hashes)
+        return self._hashed[2]

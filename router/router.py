@@ -22,6 +22,7 @@ from colm_serve.errors import (
 from colm_serve.router.admission import Admission
 from colm_serve.router.cluster_status import ClusterStatus, cluster_status
 from colm_serve.router.cluster_view import ClusterView
+from colm_serve.router.decision import decide
 from colm_serve.router.detokenizer import Detokenizer
 from colm_serve.router.lifecycle import Clock, Lifecycle
 from colm_serve.router.metrics import Metrics
@@ -60,7 +61,7 @@ class Router:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.model = model
-        self.view = ClusterView(model.kv_identity)
+        self.view = ClusterView(model.kv_identity, config.decode.page_size)
         self._validator = Validator(model, tokenizer, config.sla_classes, config.default_sla_class)
         self._decode_text = None if tokenizer is None else tokenizer.decode
         self._token_bytes = _unknown if tokenizer is None else tokenizer.token_bytes
@@ -178,7 +179,9 @@ class Router:
         """One Decode call; raises what ended it, unless the request has come to its end."""
         request, work = running.placed(placement)
         call = running.call = self._clients.decode(placement.decode, running.remaining_s)
-        self.view.place(running.request_id, placement, work)
+        self.view.place(
+            running.request_id, placement, work, request.prompt, request.cache_salt
+        )
         try:
             async with aclosing(call.events(request)) as events:
                 async for event in events:
@@ -204,6 +207,8 @@ class Router:
         finally:
             call.cancel()
             running.call = None
+            # The last token has no keys and values yet.
+            self.view.cached(placement.decode, running.tokens[:-1], request.cache_salt)
             self.view.release(running.request_id, placement)
 
     async def _place(self, running: RunningRequest) -> Placement:
@@ -221,7 +226,8 @@ class Router:
                 while True:
                     change = self.view.change()
                     try:
-                        return self._policy(running.facts(), self.view.snapshot())
+                        salt = running.checked.cache_salt
+                        return decide(self._policy, self.view, running.facts(), salt)
                     except Unavailable as error:
                         trouble = error
                     except ResourceExhausted as error:

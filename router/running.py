@@ -86,7 +86,7 @@ class RunningRequest:
         if self._level is not None and (self.is_resuming or self._is_level_set):
             low, high = min(low, self._level), self._level
         return RequestFacts(
-            prompt=self._prompt,
+            prompt=self.tokens,
             max_tokens=self._max_tokens,
             min_level=high if self._is_level_set else low,
             max_level=high,
@@ -102,7 +102,7 @@ class RunningRequest:
         self._level = placement.level
         self._num_scored_by_call = 0
         self.lifecycle.reach(Stage.PLACED)
-        prompt, max_tokens = self._prompt, self._max_tokens
+        prompt, max_tokens = self.tokens, self._max_tokens
         sampling = self.checked.sampling
         is_scored = self._num_scored == len(self.checked.prompt)
         request = DecodeRequest(
@@ -199,7 +199,8 @@ class RunningRequest:
         return Logprobs(with_bytes(logprobs.chosen), tuple(map(with_bytes, logprobs.top)))
 
     @property
-    def _prompt(self) -> tuple[int, ...]:
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt and the output so far."""
         return (*self.checked.prompt, *self._output)
 
     @property

@@ -44,9 +44,13 @@ PURE = (
     "decode_worker/sequence.py",
     "decode_worker/turn.py",
     "router/admission.py",
+    "router/decision.py",
     "router/latency_model.py",
+    "router/placement.py",
     "router/policy.py",
+    "router/prefix_index.py",
     "router/snapshot.py",
+    "router/worker_record.py",
 )
 IMPURE = {"torch", "grpc", "ray", "time", "datetime", "asyncio", "threading", "random", "numpy"}
 

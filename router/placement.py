@@ -1,0 +1,128 @@
+"""The few workers that a decision looks at, out of any number of one kind. Pure.
+
+Choosing among them costs the same for ten workers as for thousands.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Generic, TypeVar
+
+from colm_serve.router.prefix_index import PrefixIndex
+from colm_serve.router.snapshot import DecodeState, PrefillState
+
+#: Up to so many workers of a kind, a decision looks at all of them.
+MAX_ALL = 8
+NUM_MATCHES = 2
+NUM_LEAST_LOADED = 2
+NUM_RANDOM = 1
+#: Looked at before a request is refused.
+NUM_ROOMIEST = 32
+
+#: A whole number from 0 up to, but not, the one given.
+Draw = Callable[[int], int]
+State = TypeVar("State", DecodeState, PrefillState)
+
+
+class Ranking:
+    """Workers in order of a value that changes, least first; a change is a binary search."""
+
+    def __init__(self) -> None:
+        self._order: list[tuple[float, int]] = []
+        self._values: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def set(self, worker: int, value: float) -> None:
+        """Enter a worker, or move it."""
+        if self._values.get(worker) == value:
+            return
+        self.drop(worker)
+        self._values[worker] = value
+        insort(self._order, (value, worker))
+
+    def drop(self, worker: int) -> None:
+        """Leave out a worker, if it is there."""
+        value = self._values.pop(worker, None)
+        if value is not None:
+            del self._order[bisect_left(self._order, (value, worker))]
+
+    def least(self, count: int) -> list[int]:
+        return [worker for _, worker in self._order[:count]]
+
+    def at(self, position: int) -> int:
+        return self._order[position][1]
+
+
+class WorkerGroup(Generic[State]):
+    """The workers of one kind: what each is believed to have cached, and the orders to choose by.
+
+    A worker is a number, new for every process.
+    """
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._index = PrefixIndex()
+        self._states: dict[int, State] = {}
+        self._load = Ranking()
+        self._fullness = Ranking()
+        self._smallness = Ranking()
+
+    def __len__(self) -> int:
+        """Workers that can be chosen."""
+        return len(self._states)
+
+    def set(self, worker: int, state: State, *, load: float, num_free_pages: int) -> None:
+        """A worker that can be chosen, as it is now; the least `load` is chosen first."""
+        if worker not in self._states:
+            self._index.join(worker, state.status.num_pages)
+        self._states[worker] = state
+        self._load.set(worker, load)
+        self._fullness.set(worker, -num_free_pages)
+        self._smallness.set(worker, -state.status.num_pages)
+
+    def drop(self, worker: int) -> None:
+        """The worker cannot be chosen for now; what it has cached is still there."""
+        self._states.pop(worker, None)
+        for ranking in (self._load, self._fullness, self._smallness):
+            ranking.drop(worker)
+
+    def leave(self, worker: int) -> None:
+        """The process is gone."""
+        self.drop(worker)
+        self._index.leave(worker)
+
+    def cached(self, worker: int, hashes: Sequence[int]) -> None:
+        """The worker has these blocks of a sequence, or will have them, from the first on."""
+        self._index.add(worker, hashes)
+
+    def candidates(self, hashes: Sequence[int], draw: Draw) -> tuple[State, ...]:
+        """The workers to choose among for a prompt of these blocks: all if they are few.
+
+        Else those that have most of the prompt, the least loaded, and random others, so that
+        several routers whose news is equally old do not all choose the same.
+        """
+        matches = self._index.matches(hashes, MAX_ALL)
+        if len(self) <= MAX_ALL:
+            chosen = self._load.least(MAX_ALL)
+        else:
+            reachable = [worker for worker in matches if worker in self._states]
+            drawn = [self._load.at(draw(len(self))) for _ in range(NUM_RANDOM)]
+            chosen = [*reachable[:NUM_MATCHES], *self._load.least(NUM_LEAST_LOADED), *drawn]
+        # A dict keeps the order, and each worker once.
+        return tuple(self._state(worker, matches) for worker in dict.fromkeys(chosen))
+
+    def roomiest(self, hashes: Sequence[int]) -> tuple[State, ...]:
+        """Those with the most free pages, and the one with the most pages in all."""
+        matches = self._index.matches(hashes, MAX_ALL)
+        chosen = [*self._fullness.least(NUM_ROOMIEST), *self._smallness.least(1)]
+        return tuple(self._state(worker, matches) for worker in dict.fromkeys(chosen))
+
+    def _state(self, worker: int, matches: dict[int, int]) -> State:
+        state = self._states[worker]
+        if (num_blocks := matches.get(worker)) is None:
+            return state
+        return replace(state, num_matched_tokens=num_blocks * self._block_tokens)
