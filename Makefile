@@ -46,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/kv_codecs.py
 	$(BIN)/python benchmarks/kv_transfer.py
 	$(BIN)/python benchmarks/ttft.py
+	$(BIN)/python benchmarks/router.py
 	$(BIN)/python benchmarks/update_readme.py
 
 clean:

@@ -32,6 +32,9 @@ app = typer.Typer(
 console = Console()
 
 Address = Annotated[str, typer.Option(help="The router's gRPC address.")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="COLM_API_KEY", help="Where the cluster has tenants.")
+]
 
 
 @app.command()
@@ -59,6 +62,7 @@ def serve(config: Annotated[Path, typer.Argument(help="A cluster's YAML file.")]
 def generate(
     prompt: str,
     address: Address = "127.0.0.1:50051",
+    api_key: ApiKey = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens to make.")] = None,
     temperature: Annotated[float, typer.Option(help="0 to 2; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal text.")] = None,
@@ -66,7 +70,7 @@ def generate(
     sla_class: Annotated[str, typer.Option(help="One of the cluster's SLA classes.")] = "",
 ) -> None:
     """Stream one continuation."""
-    with Client(address) as client:
+    with Client(address, api_key=api_key) as client:
         events = client.generate(
             prompt=prompt,
             max_tokens=max_tokens,
@@ -93,9 +97,9 @@ def generate(
 
 
 @app.command()
-def status(address: Address = "127.0.0.1:50051") -> None:
+def status(address: Address = "127.0.0.1:50051", api_key: ApiKey = None) -> None:
     """Show a running cluster's workers."""
-    with Client(address) as client:
+    with Client(address, api_key=api_key) as client:
         state = client.status()
     table = Table(title=f"{state.model}: {state.num_levels} levels")
     for column in (

@@ -92,8 +92,11 @@ class Options(TypedDict, total=False):
 class Client:
     """Blocks; thread-safe. Its methods raise the errors of `colm_serve.errors`."""
 
-    def __init__(self, address: str, tls: TlsConfig | None = None) -> None:
+    def __init__(
+        self, address: str, tls: TlsConfig | None = None, api_key: str | None = None
+    ) -> None:
         self._channel = _connect_blocking(address, tls)
+        self._metadata = _metadata(api_key)
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -120,19 +123,21 @@ class Client:
         """Move a running generation to another chain level."""
         message = generation_pb2.SetLevelRequest(request_id=request_id, level=level)
         with _our_errors():
-            self._stub.SetLevel(message, timeout=_CONTROL_TIMEOUT_S)
+            self._stub.SetLevel(message, timeout=_CONTROL_TIMEOUT_S, metadata=self._metadata)
 
     def status(self) -> ClusterStatus:
         """What the cluster serves, and its workers."""
         with _our_errors():
             message = generation_pb2.ClusterStatusRequest()
-            status = self._stub.GetClusterStatus(message, timeout=_CONTROL_TIMEOUT_S)
+            status = self._stub.GetClusterStatus(
+                message, timeout=_CONTROL_TIMEOUT_S, metadata=self._metadata
+            )
             return serde.cluster_status_from_proto(status)
 
     def _events(
         self, message: generation_pb2.GenerateRequest, timeout_s: float
     ) -> Generator[GenerationEvent, None, None]:
-        call = self._stub.Generate(message, timeout=timeout_s)
+        call = self._stub.Generate(message, timeout=timeout_s, metadata=self._metadata)
         try:
             with _our_errors():
                 for event in call:
@@ -144,8 +149,11 @@ class Client:
 class AsyncClient:
     """Belongs to one event loop. Its methods raise the errors of `colm_serve.errors`."""
 
-    def __init__(self, address: str, tls: TlsConfig | None = None) -> None:
+    def __init__(
+        self, address: str, tls: TlsConfig | None = None, api_key: str | None = None
+    ) -> None:
         self._channel = connect(address, tls)
+        self._metadata = _metadata(api_key)
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -168,19 +176,21 @@ class AsyncClient:
         """Move a running generation to another chain level."""
         message = generation_pb2.SetLevelRequest(request_id=request_id, level=level)
         with _our_errors():
-            await self._stub.SetLevel(message, timeout=_CONTROL_TIMEOUT_S)
+            await self._stub.SetLevel(message, timeout=_CONTROL_TIMEOUT_S, metadata=self._metadata)
 
     async def status(self) -> ClusterStatus:
         """What the cluster serves, and its workers."""
         with _our_errors():
             message = generation_pb2.ClusterStatusRequest()
-            status = await self._stub.GetClusterStatus(message, timeout=_CONTROL_TIMEOUT_S)
+            status = await self._stub.GetClusterStatus(
+                message, timeout=_CONTROL_TIMEOUT_S, metadata=self._metadata
+            )
             return serde.cluster_status_from_proto(status)
 
     async def _events(
         self, message: generation_pb2.GenerateRequest, timeout_s: float
     ) -> AsyncGenerator[GenerationEvent, None]:
-        call = self._stub.Generate(message, timeout=timeout_s)
+        call = self._stub.Generate(message, timeout=timeout_s, metadata=self._metadata)
         try:
             with _our_errors():
                 async for event in call:
@@ -233,3 +243,7 @@ def _connect_blocking(address: str, tls: TlsConfig | None) -> grpc.Channel:
         tls.ca_file.read_bytes(), tls.key_file.read_bytes(), tls.cert_file.read_bytes()
     )
     return grpc.secure_channel(address, credentials)
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)

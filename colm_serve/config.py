@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from colm_serve.errors import InvalidConfig
 
@@ -15,6 +25,9 @@ MAX_S = 86400.0
 Seconds = Annotated[float, Field(gt=0, le=MAX_S)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+#: Begins an API key that is given by its SHA-256.
+_HASHED = "sha256:"
 
 
 class _Frozen(BaseModel):
@@ -193,10 +206,56 @@ class RouterConfig(_Frozen):
     host: str = "127.0.0.1"
     grpc_port: Port = 0
     http_port: Port = 0
-    max_concurrent: Count = 256
+    max_concurrent: Count = Field(default=256, description="requests served at a time")
+    max_queued: int = Field(default=256, ge=0, description="requests that wait for room")
     status_interval_s: Seconds = 0.5
     status_timeout_s: Seconds = 2.0
     max_attempts: Count = 4
+
+
+class TenantConfig(_Frozen):
+    """Somebody who calls with API keys of their own, and how much they may use."""
+
+    api_keys: tuple[SecretStr, ...] = Field(
+        default=(), description="or sha256:<hex> of one, so that the file holds no secret"
+    )
+    sla_classes: tuple[str, ...] = Field(
+        default=(), description="that its requests may name, the first by default; none: all"
+    )
+    weight: float = Field(
+        default=1.0, gt=0, le=1e6, description="its share, to others', where there is no room"
+    )
+    requests_per_min: Count | None = None
+    tokens_per_min: Count | None = Field(
+        default=None, description="of prompts and output; what max_tokens reserves comes back"
+    )
+    max_concurrent: Count | None = None
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_can_be_sent(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for position, secret in enumerate(keys):
+            key = secret.get_secret_value()
+            if key.startswith(_HASHED):
+                is_good = re.fullmatch("[0-9a-f]{64}", key.removeprefix(_HASHED)) is not None
+            else:
+                is_good = re.fullmatch(r"[!-~]{16,512}", key) is not None
+            if not is_good:
+                raise ValueError(
+                    f"key {position + 1} has {len(key)} characters; allowed: 16 to 512 visible "
+                    f"ASCII characters, or {_HASHED} and 64 hexadecimal digits"
+                )
+        return keys
+
+    def key_digests(self) -> tuple[bytes, ...]:
+        """SHA-256 of each key."""
+        return tuple(_key_digest(secret.get_secret_value()) for secret in self.api_keys)
+
+
+def _key_digest(key: str) -> bytes:
+    if key.startswith(_HASHED):
+        return bytes.fromhex(key.removeprefix(_HASHED))
+    return hashlib.sha256(key.encode()).digest()
 
 
 class RayConfig(_Frozen):
@@ -219,6 +278,9 @@ class ClusterConfig(_Frozen):
     tls: TlsConfig | None = None
     default_sla_class: str = "default"
     sla_classes: dict[str, SlaClass] = SLA_CLASSES
+    tenants: dict[str, TenantConfig] = Field(
+        default_factory=dict, description="who may call; with none, anybody on this machine"
+    )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> ClusterConfig:
@@ -230,7 +292,26 @@ class ClusterConfig(_Frozen):
         for room in ("prefill", "decode", "router"):
             host = getattr(self, room).host
             check_bind_address(f"{room}.host", host, has_tls=self.tls is not None)
+        self._check_tenants()
         return self
+
+    def _check_tenants(self) -> None:
+        owners: dict[bytes, str] = {}
+        for name, tenant in self.tenants.items():
+            key = f"tenants.{name}"
+            if not tenant.api_keys:
+                raise InvalidConfig(f"{key}.api_keys", [], "one key or more")
+            for sla_class in tenant.sla_classes:
+                if sla_class not in self.sla_classes:
+                    allowed = f"sla_classes: {', '.join(sorted(self.sla_classes))}"
+                    raise InvalidConfig(f"{key}.sla_classes", sla_class, allowed)
+            for position, digest in enumerate(tenant.key_digests()):
+                if (owner := owners.setdefault(digest, name)) != name:
+                    where = f"{key}.api_keys[{position}]"
+                    raise InvalidConfig(where, "…", f"a key of its own, not one of {owner}'s")
+        if not self.tenants and not is_loopback("router.host", self.router.host):
+            allowed = "tenants with API keys, once router.host is not a loopback address"
+            raise InvalidConfig("tenants", {}, allowed)
 
     @property
     def served_name(self) -> str:
@@ -273,19 +354,27 @@ class ClusterConfig(_Frozen):
         return config._with_paths_from(path.parent)
 
 
+def is_loopback(key: str, host: str) -> bool:
+    """Whether only this machine can connect to an address.
+
+    Raises:
+        InvalidConfig: `host` is no IP address.
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError as error:
+        raise InvalidConfig(key, host, "localhost or an IP address") from error
+
+
 def check_bind_address(key: str, host: str, *, has_tls: bool) -> None:
     """Refuse to listen in plaintext where others than this machine could connect.
 
     Raises:
         InvalidConfig: `host` is not loopback and there is no TLS, or is no IP address.
     """
-    if host == "localhost":
-        return
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError as error:
-        raise InvalidConfig(key, host, "localhost or an IP address") from error
-    if not address.is_loopback and not has_tls:
+    if not is_loopback(key, host) and not has_tls:
         raise InvalidConfig(key, host, "a loopback address, or any address once `tls` is set")
 
 
@@ -293,5 +382,7 @@ def _first_problem(error: ValidationError) -> InvalidConfig:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"]) or "config"
     value = problem.get("input")
+    if key.startswith("tenants.") and "key" in key:
+        value = "…"  # an API key is nothing to print
     shown = value if not isinstance(value, dict) else sorted(value)
     return InvalidConfig(key, shown, problem["msg"])

@@ -6,7 +6,9 @@
     ├── InvalidConfig        a config file or model config is wrong
     ├── CheckpointError      a model folder is missing, truncated or foreign
     ├── Incompatible         two workers do not hold the same weights or layout
+    ├── Unauthenticated      the caller has no API key, or an unknown one
     ├── ResourceExhausted    there is no room now; try again later
+    │   └── RateLimited      a tenant has used up what it may have
     ├── Unavailable          the peer is gone or draining
     ├── DataLoss             bytes arrived damaged or not at all
     └── DeadlineExceeded     a wait ran past its bound
@@ -54,12 +56,20 @@ class Incompatible(ColmError):
     """Two workers hold different weights, or lay KV out differently."""
 
 
+class Unauthenticated(ColmError):
+    """The caller has no API key where one is needed, or one that nobody has."""
+
+
 class ResourceExhausted(ColmError):
     """There is no room for the request now."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(ResourceExhausted):
+    """A tenant has used up one of its limits; the message names it."""
 
 
 class Unavailable(ColmError):

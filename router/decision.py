@@ -7,9 +7,7 @@ from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.policy import Placement, Policy, RequestFacts
 
 
-def decide(
-    policy: Policy, view: ClusterView, request: RequestFacts, cache_salt: str
-) -> Placement:
+def decide(policy: Policy, view: ClusterView, request: RequestFacts, cache_salt: str) -> Placement:
     """Place a request on one of its candidates, or else where there is the most room.
 
     Raises as `Policy` does, and only for what holds of every worker.

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Coroutine
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -17,11 +18,12 @@ from starlette.types import Receive, Scope, Send
 from colm_serve.errors import ColmError, InvalidArgument, Unavailable
 from colm_serve.router.choices import choices
 from colm_serve.router.http_errors import describe, error_body, respond
+from colm_serve.router.level_headers import level_headers
 from colm_serve.router.merge import merge
 from colm_serve.router.metrics import CONTENT_TYPE
 from colm_serve.router.openai_format import CHAT, COMPLETION, Answer, Format
 from colm_serve.router.openai_types import ChatBody, CompletionBody, read_body
-from colm_serve.router.request import GenerationEvent
+from colm_serve.router.request import GenerationEvent, Started
 from colm_serve.router.router import Router
 
 #: Prompts of one batch, and choices of one prompt, that are generated at the same time.
@@ -49,7 +51,8 @@ def make_app(router: Router) -> FastAPI:
         return await _generate(router, request, ChatBody, CHAT)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        router.tenants.authenticate(request.headers.get("authorization"))
         model = router.model
         entry = {
             "id": model.name,
@@ -77,11 +80,13 @@ def make_app(router: Router) -> FastAPI:
 async def _generate(
     router: Router, request: Request, kind: type[CompletionBody] | type[ChatBody], style: Format
 ) -> Response:
+    tenant = router.tenants.authenticate(request.headers.get("authorization"))
     body = read_body(kind, await _read(request))
     requests, num_choices = body.requests(), body.num_choices
     echoes = [router.prompt_text(r.prompt) for r in requests] if body.is_echoed else None
     answer = Answer(style, int(time.time()), len(requests), num_choices, echoes)
-    streams = chain.from_iterable(choices(router.generate, r, num_choices) for r in requests)
+    generate = partial(router.generate, tenant=tenant)
+    streams = chain.from_iterable(choices(generate, r, num_choices) for r in requests)
     events = merge(tuple(streams), MAX_BATCH_CONCURRENT)
     # The first event is awaited before anything is sent, so that a refusal has its own status.
     work = _first(events) if body.stream else _whole(events, answer)
@@ -90,7 +95,7 @@ async def _generate(
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     if isinstance(result, tuple):
         return EventStream(result, events, answer, includes_usage=body.includes_usage)
-    return JSONResponse(result)
+    return JSONResponse(result, headers=level_headers(answer.starts))
 
 
 class EventStream(StreamingResponse):
@@ -106,7 +111,12 @@ class EventStream(StreamingResponse):
     ) -> None:
         self._events = events
         lines = _lines(first, events, answer, includes_usage=includes_usage)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        starts = [event for event in first[1:] if isinstance(event, Started)]
+        headers = {
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",
+            **level_headers(starts),
+        }
         super().__init__(lines, media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

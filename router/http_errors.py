@@ -13,7 +13,9 @@ from colm_serve.errors import (
     DeadlineExceeded,
     Incompatible,
     InvalidArgument,
+    RateLimited,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
@@ -23,6 +25,8 @@ _KINDS: tuple[tuple[type[ColmError], int, str, str], ...] = (
     (UnknownModel, 404, "invalid_request_error", "model_not_found"),
     (InvalidArgument, 400, "invalid_request_error", "invalid_value"),
     (Incompatible, 409, "conflict_error", "incompatible"),
+    (Unauthenticated, 401, "authentication_error", "invalid_api_key"),
+    (RateLimited, 429, "rate_limit_error", "rate_limit_exceeded"),
     (ResourceExhausted, 429, "rate_limit_error", "overloaded"),
     (Unavailable, 503, "service_unavailable_error", "unavailable"),
     (DataLoss, 502, "api_error", "bad_gateway"),
@@ -47,6 +51,8 @@ def respond(error: ColmError) -> JSONResponse:
     headers = {}
     if isinstance(error, ResourceExhausted):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(describe(error), _kind(error)[0], headers)
 
 

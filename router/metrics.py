@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from colm_serve.core import DecodeStatus
-from colm_serve.errors import ColmError
+from colm_serve.errors import ColmError, RateLimited, ResourceExhausted
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.request import Finished, GenerationEvent, Started, Token
@@ -45,6 +47,11 @@ class Metrics:
         self._errors = counter("request_errors", "Failed requests, by gRPC status.", "code")
         self._retries = counter("request_failovers", "Attempts that another one followed.")
         self._moves = counter("level_moves", "Level changes asked for by clients.")
+        self._brownouts = counter(
+            "request_brownouts", "Requests started below the level of an idle cluster.", "level"
+        )
+        self._refusals = counter("request_refusals", "Of those failed, for want of what.", "reason")
+        self._queued = gauge("num_requests_queued", "Requests that wait for room.", "tenant")
         worker = ("kind", "worker")
         self._reachable = gauge("worker_reachable", "1 if it answered its last call.", *worker)
         self._usage = gauge("kv_cache_usage_perc", "Pages in use, 1 is all.", *worker)
@@ -56,6 +63,8 @@ class Metrics:
         match event:
             case Started():
                 self._level.labels(str(event.level)).inc()
+                if event.is_brownout:
+                    self._brownouts.labels(str(event.level)).inc()
                 self._placing.observe(lifecycle.between_s(Stage.RECEIVED, Stage.PLACED) or 0.0)
             case Token():
                 self._tokens.labels(str(event.level)).inc()
@@ -72,6 +81,9 @@ class Metrics:
 
     def failed(self, error: ColmError) -> None:
         self._errors.labels(status_code(error).name).inc()
+        if isinstance(error, ResourceExhausted):
+            is_quota = isinstance(error, RateLimited)
+            self._refusals.labels("quota" if is_quota else "room").inc()
 
     def failed_over(self) -> None:
         self._retries.inc()
@@ -79,9 +91,15 @@ class Metrics:
     def level_moved(self) -> None:
         self._moves.inc()
 
-    def render(self, view: ClusterView, num_running: int) -> bytes:
-        """Prometheus' text format, with the workers as the router knows them now."""
+    def render(self, view: ClusterView, num_running: int, num_queued: Mapping[str, int]) -> bytes:
+        """Prometheus' text format, with the workers as the router knows them now.
+
+        Args:
+            num_queued: requests of each tenant that wait for room.
+        """
         self._running.set(num_running)
+        for tenant, number in num_queued.items():
+            self._queued.labels(tenant).set(number)
         for gauge in (self._reachable, self._usage, self._waiting, self._preemptions):
             gauge.clear()
         for record in view.records:

@@ -98,14 +98,18 @@ class Answer:
         self._style = style
         self._created = created
         self._head: Json = {}
+        self.starts: list[Started] = []
         self._num_per_prompt = num_choices
         echoes = [""] * num_prompts if echoes is None else echoes
         self._choices = [Choice(echo) for echo in echoes for _ in range(num_choices)]
 
     def add(self, index: int, event: GenerationEvent) -> list[Json]:
         """Note an event of one of the choices; returns the chunks that a stream sends for it."""
-        if isinstance(event, Started) and not self._head:
-            self._head = {"id": self._style.id_prefix + event.request_id, "model": event.model}
+        if isinstance(event, Started):
+            if not self.starts:
+                request_id = self._style.id_prefix + event.request_id
+                self._head = {"id": request_id, "model": event.model}
+            self.starts.append(event)
         choice = self._choices[index]
         text_offset = choice.num_characters
         choice.add(event)

@@ -109,8 +109,8 @@ class WorkerGroup(Generic[State]):
         if len(self) <= MAX_ALL:
             chosen = self._load.least(MAX_ALL)
         else:
-            reachable = [worker for worker in matches if worker in self._states]
-            drawn = [self._load.at(draw(len(self))) for _ in range(NUM_RANDOM)]
+            reachable: list[int] = [worker for worker in matches if worker in self._states]
+            drawn: list[int] = [self._load.at(draw(len(self))) for _ in range(NUM_RANDOM)]
             chosen = [*reachable[:NUM_MATCHES], *self._load.least(NUM_LEAST_LOADED), *drawn]
         # A dict keeps the order, and each worker once.
         return tuple(self._state(worker, matches) for worker in dict.fromkeys(chosen))

@@ -113,7 +113,8 @@ def with_room(request: RequestFacts, cluster: ClusterSnapshot) -> list[DecodeSta
     """The decode workers that can hold the request now; raises as `Policy` says if none."""
     if not cluster.decode:
         raise Unavailable("no decode worker is reachable")
-    if all(num_pages(request.num_tokens, s) > s.status.num_pages for s in cluster.decode):
+    large = [s for s in cluster.decode if num_pages(request.num_tokens, s) <= s.status.num_pages]
+    if not large:
         limit = max(s.status.num_pages * s.status.page_size for s in cluster.decode)
         raise InvalidArgument(
             "max_tokens",
@@ -123,14 +124,14 @@ def with_room(request: RequestFacts, cluster: ClusterSnapshot) -> list[DecodeSta
         )
     roomy = [
         state
-        for state in cluster.decode
+        for state in large
         if state.member not in request.refused_by
         and num_pages(request.num_reserved_tokens(state), state) <= num_free_pages(state)
     ]
     if not roomy:
         raise ResourceExhausted(
-            f"no room for {request.num_tokens} tokens on any of {len(cluster.decode)} decode "
-            f"workers; the most free is {max(map(num_free_pages, cluster.decode))} pages",
+            f"no room for {request.num_tokens} tokens on any of {len(large)} decode "
+            f"workers; the most free is {max(map(num_free_pages, large))} pages",
             RETRY_AFTER_S,
         )
     return [s for s in roomy if s.member not in request.failed_at] or roomy

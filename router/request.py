@@ -81,11 +81,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class Started:
-    """A decode worker has admitted the request; `request_id` was made by the router."""
+    """A decode worker has admitted the request; `request_id` was made by the router.
+
+    In a brownout the level is below what the request would have got from idle workers.
+    """
 
     request_id: str
     model: str
     level: int
+    is_brownout: bool = False
 
 
 @dataclass(frozen=True)

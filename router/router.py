@@ -27,6 +27,7 @@ from colm_serve.router.detokenizer import Detokenizer
 from colm_serve.router.lifecycle import Clock, Lifecycle
 from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.placer import Placer
 from colm_serve.router.policy import Placement, Policy, highest_level_least_finish
 from colm_serve.router.poller import StatusPoller
 from colm_serve.router.request import (
@@ -37,6 +38,7 @@ from colm_serve.router.request import (
     TokenPrompt,
 )
 from colm_serve.router.running import RunningRequest
+from colm_serve.router.tenants import ANYBODY, Tenant, Tenants
 from colm_serve.router.tokenizer import Tokenizer
 from colm_serve.router.validation import Validator
 from colm_serve.router.worker_client import WorkerClients
@@ -67,9 +69,14 @@ class Router:
         self._token_bytes = _unknown if tokenizer is None else tokenizer.token_bytes
         self._policy = policy
         self._clock = clock
-        self._patience_s = patience_s
         self._max_attempts = config.router.max_attempts
-        self._admission = Admission(config.router.max_concurrent)
+        self.tenants = Tenants(config.tenants)
+        # As many again may be read and checked, so that nobody who waits keeps others out.
+        max_under_way = 2 * config.router.max_concurrent + config.router.max_queued
+        self._admission = Admission(max_under_way, self.tenants.all, clock)
+        self._placer = Placer(
+            config, self.view, policy, self.tenants.all, clock=clock, patience_s=patience_s
+        )
         self._clients = WorkerClients(config.tls)
         self._poller = StatusPoller(
             self.view,
@@ -89,27 +96,33 @@ class Router:
         await self._poller.stop()
         await self._clients.close_all()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(
+        self, request: GenerationRequest, tenant: Tenant = ANYBODY
+    ) -> AsyncGenerator[GenerationEvent, None]:
         """Started, the prompt's scores if wanted, a Token for each token, Finished.
 
         Closing the generator ends the request.
 
         Raises:
             InvalidArgument: a field has a value that is not allowed; nothing was done.
-            ResourceExhausted: no room now, here or on any decode worker.
+            ResourceExhausted: no room in time, here or on any decode worker.
+            RateLimited: the tenant has used up one of its limits.
             Unavailable: no decode worker, or too many of them failed.
             ColmError: what a decode worker refused the request with.
         """
         lifecycle = Lifecycle(self._clock)
         try:
-            with self._admission.admit():
-                running = await self._open(request, lifecycle)
+            with self._admission.admit(tenant) as ticket:
+                running = await self._open(request, tenant, lifecycle)
                 try:
+                    ticket.reserve(len(running.checked.prompt), running.checked.sampling.max_tokens)
                     async with aclosing(self._serve(running)) as events:
                         async for event in events:
                             self._metrics.event(event, lifecycle)
                             yield event
                 finally:
+                    ticket.num_used = running.num_used_tokens
+                    self._placer.leave(running)
                     del self._running[running.request_id]
         except ColmError as error:
             self._metrics.failed(error)
@@ -125,14 +138,14 @@ class Router:
                 return self._decode_text(known)
         return ""
 
-    async def set_level(self, request_id: str, level: int) -> None:
+    async def set_level(self, request_id: str, level: int, tenant: Tenant = ANYBODY) -> None:
         """Move a running request to another level from its next token on.
 
         Raises:
-            InvalidArgument: no such request is under way, or the model has no such level.
+            InvalidArgument: the tenant has no such request under way, or the model no such level.
         """
         running = self._running.get(request_id)
-        if running is None:
+        if running is None or running.tenant != tenant:
             raise InvalidArgument("request_id", request_id, "the id of a request under way")
         self._validator.check_level("level", level)
         await running.set_level(level)
@@ -147,14 +160,17 @@ class Router:
         return cluster_status(self.model, self.view)
 
     def render_metrics(self) -> bytes:
-        return self._metrics.render(self.view, self._admission.num_running)
+        waiting = {t.name: self._placer.num_waiting(t) for t in self.tenants.all}
+        return self._metrics.render(self.view, self._admission.num_running, waiting)
 
-    async def _open(self, request: GenerationRequest, lifecycle: Lifecycle) -> RunningRequest:
-        checked = await self._validator.check(request)
+    async def _open(
+        self, request: GenerationRequest, tenant: Tenant, lifecycle: Lifecycle
+    ) -> RunningRequest:
+        checked = await self._validator.check(request, tenant.config.sla_classes)
         request_id = uuid.uuid4().hex
         detokenizer = Detokenizer(self._decode_text, checked.stop, checked.sampling.min_tokens)
         running = RunningRequest(
-            request_id, checked, self.model, detokenizer, self._token_bytes, lifecycle
+            request_id, checked, self.model, detokenizer, self._token_bytes, lifecycle, tenant
         )
         self._running[request_id] = running
         return running
@@ -179,9 +195,7 @@ class Router:
         """One Decode call; raises what ended it, unless the request has come to its end."""
         request, work = running.placed(placement)
         call = running.call = self._clients.decode(placement.decode, running.remaining_s)
-        self.view.place(
-            running.request_id, placement, work, request.prompt, request.cache_salt
-        )
+        self.view.place(running.request_id, placement, work, request.prompt, request.cache_salt)
         try:
             async with aclosing(call.events(request)) as events:
                 async for event in events:
@@ -212,14 +226,14 @@ class Router:
             self.view.release(running.request_id, placement)
 
     async def _place(self, running: RunningRequest) -> Placement:
-        """Where to go next, waiting for a worker or for room if that is worth it.
+        """Where to go next.
 
-        A client that has had tokens is owed the rest, so its request waits until its deadline.
+        A client that has had tokens is owed the rest: its request stands in no line, and waits
+        until its deadline.
         """
-        too_late: type[ColmError] = DeadlineExceeded if running.is_resuming else Unavailable
-        patience_s = running.remaining_s
         if not running.is_resuming:
-            patience_s = min(self._patience_s, patience_s)
+            return await self._placer.place(running)
+        patience_s = running.remaining_s
         trouble: ColmError | None = None
         try:
             async with asyncio.timeout(patience_s):
@@ -228,16 +242,12 @@ class Router:
                     try:
                         salt = running.checked.cache_salt
                         return decide(self._policy, self.view, running.facts(), salt)
-                    except Unavailable as error:
-                        trouble = error
-                    except ResourceExhausted as error:
-                        if not running.is_resuming:
-                            raise
+                    except (Unavailable, ResourceExhausted) as error:
                         trouble = error
                     await change.wait()
                     running.refused_by = frozenset()
         except TimeoutError as error:
-            raise too_late(f"{trouble}; waited {patience_s:.1f} s") from error
+            raise DeadlineExceeded(f"{trouble}; waited {patience_s:.1f} s") from error
 
     def _note_failure(
         self, running: RunningRequest, placement: Placement, error: ColmError

@@ -24,6 +24,7 @@ from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.policy import Placement, RequestFacts
 from colm_serve.router.request import Finished, Started, Token, Usage
 from colm_serve.router.snapshot import Work
+from colm_serve.router.tenants import ANYBODY, Tenant
 from colm_serve.router.validation import CheckedRequest
 from colm_serve.router.worker_client import DecodeCall
 
@@ -39,15 +40,18 @@ class RunningRequest:
         detokenizer: Detokenizer,
         token_bytes: Callable[[int], bytes],
         lifecycle: Lifecycle,
+        tenant: Tenant = ANYBODY,
     ) -> None:
         self.request_id = request_id
         self.checked = checked
         self.lifecycle = lifecycle
+        self.tenant = tenant
         self.call: DecodeCall | None = None
         self.num_attempts = 0
         self.refused_by: frozenset[Member] = frozenset()
         self.failed_at: frozenset[Member] = frozenset()
         self.is_stopped = False
+        self.is_brownout = False  # served below its level because of load
         self._model = model
         self._detokenizer = detokenizer
         self._token_bytes = token_bytes
@@ -65,12 +69,17 @@ class RunningRequest:
         return bool(self._output)
 
     @property
+    def num_used_tokens(self) -> int:
+        """Prompt and output, once a worker has taken the request; 0 before."""
+        return len(self.tokens) if self.lifecycle.has(Stage.ADMITTED) else 0
+
+    @property
     def remaining_s(self) -> float:
         """Seconds until the deadline; negative past it."""
         return self.checked.deadline_s - self.lifecycle.age_s()
 
     @property
-    def _remaining_ttft_s(self) -> float | None:
+    def remaining_ttft_s(self) -> float | None:
         """Seconds until the first token is due, if it is still to come and there is a target."""
         if self.checked.ttft_s is None or self.is_resuming:
             return None
@@ -120,7 +129,7 @@ class RunningRequest:
             kv_identity=self._model.kv_identity,
             num_resumed_tokens=len(self._output),
             cache_salt=self.checked.cache_salt,
-            ttft_s=self._remaining_ttft_s,
+            ttft_s=self.remaining_ttft_s,
         )
         return request, Work(placement.level, len(prompt), max_tokens, self.checked.tpot_s)
 
@@ -137,7 +146,7 @@ class RunningRequest:
         if self.lifecycle.has(Stage.ADMITTED):
             return None
         self.lifecycle.reach(Stage.ADMITTED)
-        return Started(self.request_id, self._model.name, self._level)
+        return Started(self.request_id, self._model.name, self._level, self.is_brownout)
 
     def scored(self, event: ScoredPrompt) -> ScoredPrompt:
         """The scores that the client has not had from a call before."""

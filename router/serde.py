@@ -137,7 +137,10 @@ def event_to_proto(event: GenerationEvent) -> generation_pb2.GenerateEvent:
     match event:
         case Started():
             started = generation_pb2.Started(
-                request_id=event.request_id, model=event.model, level=event.level
+                request_id=event.request_id,
+                model=event.model,
+                level=event.level,
+                is_brownout=event.is_brownout,
             )
             return generation_pb2.GenerateEvent(started=started)
         case ScoredPrompt():
@@ -170,7 +173,7 @@ def event_from_proto(message: generation_pb2.GenerateEvent) -> GenerationEvent:
     match message.WhichOneof("event"):
         case "started":
             started = message.started
-            return Started(started.request_id, started.model, started.level)
+            return Started(started.request_id, started.model, started.level, started.is_brownout)
         case "scored_prompt":
             return scored_prompt_from_proto(message.scored_prompt)
         case "token":

@@ -10,7 +10,10 @@ import grpc.aio
 from colm_serve.errors import ColmError
 from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
 from colm_serve.router import serde
+from colm_serve.router.level_headers import level_headers
+from colm_serve.router.request import Started
 from colm_serve.router.router import Router
+from colm_serve.router.tenants import Tenant
 from colm_serve.transport.status import abort
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -26,9 +29,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: _Context) -> None:
         try:
-            generation = self._router.generate(serde.request_from_proto(request))
+            tenant = self._tenant(context)
+            generation = self._router.generate(serde.request_from_proto(request), tenant)
             async with aclosing(generation) as events:
                 async for event in events:
+                    if isinstance(event, Started):
+                        await context.send_initial_metadata(tuple(level_headers([event]).items()))
                     await context.write(serde.event_to_proto(event))
         except ColmError as error:
             await abort(context, error)
@@ -37,7 +43,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.SetLevelRequest, context: _Context
     ) -> generation_pb2.SetLevelResponse:
         try:
-            await self._router.set_level(request.request_id, request.level)
+            tenant = self._tenant(context)
+            await self._router.set_level(request.request_id, request.level, tenant)
         except ColmError as error:
             await abort(context, error)
         return generation_pb2.SetLevelResponse()
@@ -45,4 +52,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GetClusterStatus(
         self, request: generation_pb2.ClusterStatusRequest, context: _Context
     ) -> generation_pb2.ClusterStatus:
+        try:
+            self._tenant(context)
+        except ColmError as error:
+            await abort(context, error)
         return serde.cluster_status_to_proto(self._router.status())
+
+    def _tenant(self, context: _Context) -> Tenant:
+        """The caller; raises Unauthenticated when it is nobody that is known."""
+        metadata = dict(context.invocation_metadata() or ())
+        authorization = metadata.get("authorization")
+        return self._router.tenants.authenticate(
+            authorization if isinstance(authorization, str) else None
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from colm_serve.config import MAX_S, SlaClass
@@ -70,15 +70,20 @@ class Validator:
                 key = f"sla_classes.{name}.min_level"
                 raise InvalidConfig(key, sla.min_level, f"1 to {model.num_levels}, the levels")
 
-    async def check(self, request: GenerationRequest) -> CheckedRequest:
+    async def check(
+        self, request: GenerationRequest, sla_classes: Sequence[str] = ()
+    ) -> CheckedRequest:
         """Check and tokenize a request.
+
+        Args:
+            sla_classes: those that the caller may name, its default first; none for all.
 
         Raises:
             InvalidArgument: names the field, its value and what is allowed.
             UnknownModel: another model than the one served.
         """
         self._check_model(request.model)
-        sla = self._sla_class(request.sla_class)
+        sla = self._sla_class(request.sla_class, sla_classes)
         min_level, max_level = self._levels(request, sla)
         sla = _with_own_targets(request, sla)
         _check_stop(request.stop)
@@ -115,10 +120,12 @@ class Validator:
         if name not in ("", self._model.name):
             raise UnknownModel("model", name, self._model.name)
 
-    def _sla_class(self, name: str | None) -> SlaClass:
-        name = self._default_sla_class if name is None else name
-        if name not in self._sla_classes:
-            raise InvalidArgument("sla_class", name, ", ".join(sorted(self._sla_classes)))
+    def _sla_class(self, name: str | None, own: Sequence[str]) -> SlaClass:
+        if name is None:
+            name = own[0] if own else self._default_sla_class
+        allowed = own or sorted(self._sla_classes)
+        if name not in allowed:
+            raise InvalidArgument("sla_class", name, ", ".join(allowed))
         return self._sla_classes[name]
 
     def _levels(self, request: GenerationRequest, sla: SlaClass) -> tuple[int, int]:

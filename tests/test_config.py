@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from colm_serve.config import ClusterConfig, DecodeConfig, SlaClass, check_bind_address
 from colm_serve.errors import InvalidConfig
 
+KEY = "sk-secret-0123456789"
 FULL = """
 model: ../models/tiny
 model_name: tiny
@@ -110,6 +112,22 @@ def test_a_model_is_named_by_its_folder_unless_told_otherwise(tmp_path: Path) ->
             "finite",
         ),
         ("model: m\ntls: {ca_file: a}", "tls.cert_file", "Field required"),
+        ("model: m\ntenants: {a: {}}", "tenants.a.api_keys", "one key or more"),
+        (
+            f"model: m\ntenants: {{a: {{api_keys: [{KEY}], sla_classes: [gold]}}}}",
+            "tenants.a.sla_classes",
+            "'gold'.*sla_classes: batch, default",
+        ),
+        (
+            f"model: m\ntenants: {{a: {{api_keys: [{KEY}]}}, b: {{api_keys: [{KEY}]}}}}",
+            "tenants.b.api_keys[0]",
+            "not one of a's",
+        ),
+        (
+            f"model: m\ntenants: {{a: {{api_keys: [{KEY}], tokens_per_min: 0}}}}",
+            "tenants.a.tokens_per_min",
+            "0",
+        ),
         ("- a list", "config", "a mapping of keys to values"),
         ("model: [", "config", "YAML"),
         ("", "config", "a mapping"),
@@ -141,6 +159,31 @@ def test_with_tls_any_address_may_be_listened_on(tmp_path: Path) -> None:
     assert config.tls is not None
     assert config.tls.ca_file == tmp_path / "ca.pem", "as every path, from the file's folder"
     assert (config.tls.cert_file, config.tls.key_file) == (tmp_path / "c.pem", tmp_path / "k.pem")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["sk-secret", "sk-secret with spaces in it", "sha256:secret", "sk-secret" + "x" * 512]
+)
+@pytest.mark.parametrize("key", ["api_keys", "apikeys"])
+def test_an_api_key_is_never_printed(tmp_path: Path, key: str, wrong: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        load(tmp_path, f"model: m\ntenants: {{a: {{{key}: [{wrong!r}]}}}}")
+    assert caught.value.key == f"tenants.a.{key}"
+    assert "secret" not in str(caught.value)
+
+
+def test_an_api_key_is_never_shown(tmp_path: Path) -> None:
+    config = load(tmp_path, f"model: m\ntenants: {{a: {{api_keys: [{KEY}]}}}}")
+    assert "secret" not in repr(config)
+    assert config.tenants["a"].key_digests() == (hashlib.sha256(KEY.encode()).digest(),)
+
+
+def test_beyond_loopback_the_router_needs_tenants(tmp_path: Path) -> None:
+    beyond = "model: m\nrouter: {host: 10.1.2.3}\n"
+    beyond += "tls: {ca_file: ca.pem, cert_file: c.pem, key_file: k.pem}\n"
+    with pytest.raises(InvalidConfig, match=r"tenants: {} .*API keys, once router.host"):
+        load(tmp_path, beyond)
+    load(tmp_path, f"{beyond}tenants: {{a: {{api_keys: [{KEY}]}}}}")
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "::1"])

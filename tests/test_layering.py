@@ -45,11 +45,16 @@ PURE = (
     "decode_worker/turn.py",
     "router/admission.py",
     "router/decision.py",
+    "router/fair_queue.py",
     "router/latency_model.py",
+    "router/level_headers.py",
+    "router/overload.py",
     "router/placement.py",
     "router/policy.py",
     "router/prefix_index.py",
     "router/snapshot.py",
+    "router/tenants.py",
+    "router/token_bucket.py",
     "router/worker_record.py",
 )
 IMPURE = {"torch", "grpc", "ray", "time", "datetime", "asyncio", "threading", "random", "numpy"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn, cast
 
 import grpc
@@ -16,6 +17,7 @@ from colm_serve.errors import (
     InvalidArgument,
     InvalidConfig,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
@@ -31,6 +33,7 @@ _CODES: tuple[tuple[type[ColmError], grpc.StatusCode], ...] = (
     (InvalidConfig, grpc.StatusCode.FAILED_PRECONDITION),
     (CheckpointError, grpc.StatusCode.FAILED_PRECONDITION),
     (Incompatible, grpc.StatusCode.FAILED_PRECONDITION),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (DataLoss, grpc.StatusCode.DATA_LOSS),
@@ -63,7 +66,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ColmError) -
     """End the call with `error`'s status; does not return."""
     metadata: list[tuple[str, str]] = []
     if isinstance(error, ResourceExhausted):
-        metadata.append((RETRY_AFTER_KEY, str(int(error.retry_after_s * 1000))))
+        metadata.append((RETRY_AFTER_KEY, str(math.ceil(error.retry_after_s * 1000))))
     if isinstance(error, InvalidArgument):
         metadata.append((FIELD_KEY, error.field))
     await context.abort(status_code(error), str(error), tuple(metadata))
@@ -85,6 +88,8 @@ def from_rpc_error(error: grpc.RpcError) -> ColmError:
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             retry_ms = int(trailing.get(RETRY_AFTER_KEY, "1000"))
             return ResourceExhausted(message, retry_ms / 1000)
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return Unauthenticated(message)
         case grpc.StatusCode.DATA_LOSS:
             return DataLoss(message)
         case grpc.StatusCode.DEADLINE_EXCEEDED:

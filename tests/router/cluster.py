@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from colm_serve.client import AsyncClient
-from colm_serve.config import ClusterConfig, RouterConfig, SlaClass
+from colm_serve.config import ClusterConfig, RouterConfig, SlaClass, TenantConfig
 from colm_serve.core import Member, Membership
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.router import Router
@@ -120,6 +120,8 @@ async def scripted_cluster(
     script: Script | None = None,
     router: RouterConfig | None = None,
     sla_classes: dict[str, SlaClass] | None = None,
+    tenants: dict[str, TenantConfig] | None = None,
+    api_key: str | None = None,
     has_tokenizer: bool = True,
     patience_s: float = 5.0,
 ) -> AsyncIterator[ScriptedCluster]:
@@ -129,17 +131,21 @@ async def scripted_cluster(
         model=folder / MODEL,
         router=router or RouterConfig(status_interval_s=0.02),
         sla_classes=sla_classes or {"default": SlaClass()},
+        tenants=tenants or {},
     )
     if has_tokenizer:
         save_tokenizer(config.model)
     made = Router(config, model_facts(), Tokenizer.load(config.model), patience_s=patience_s)
     service = RouterService(config, lambda _: made)
     await service.start()
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     workers = [ScriptedDecode(f"d{i}", script or Script()) for i in range(num_decode)]
     members = [await worker.start() for worker in workers]
     async with (
-        AsyncClient(service.grpc_address) as client,
-        httpx.AsyncClient(base_url=f"http://{service.http_address}", timeout=20) as http,
+        AsyncClient(service.grpc_address, api_key=api_key) as client,
+        httpx.AsyncClient(
+            base_url=f"http://{service.http_address}", timeout=20, headers=headers
+        ) as http,
     ):
         cluster = ScriptedCluster(service, made, workers, client, http)
         try:

@@ -380,8 +380,8 @@ async def test_what_a_worker_refuses_has_its_own_status(
             assert ("retry-after" in response.headers) == (status == 429)
 
 
-async def test_overload_is_429_at_once(tmp_path: Path) -> None:
-    router = RouterConfig(status_interval_s=0.02, max_concurrent=1)
+async def test_where_nothing_may_wait_overload_is_429_at_once(tmp_path: Path) -> None:
+    router = RouterConfig(status_interval_s=0.02, max_concurrent=1, max_queued=0)
     script = Script(hold_after=0)
     async with scripted_cluster(tmp_path, script=script, router=router) as cluster:
         held = asyncio.create_task(cluster.http.post(COMPLETION, json={"prompt": PROMPT}))

@@ -16,7 +16,7 @@ from colm_serve.router.decision import decide
 from colm_serve.router.latency_model import Prediction
 from colm_serve.router.placement import MAX_ALL, Ranking
 from colm_serve.router.policy import Placement, RequestFacts, highest_level_least_finish
-from colm_serve.router.snapshot import ClusterSnapshot, Work
+from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
 from tests.router.scripted import KV_IDENTITY, NUM_LEVELS, decode_status, prefill_status
 
 PROMPT = tuple(range(100))
@@ -62,7 +62,7 @@ def numbers(snapshot: ClusterSnapshot) -> set[int]:
 
 
 def matched(snapshot: ClusterSnapshot) -> dict[str, int]:
-    states = (*snapshot.decode, *snapshot.prefill)
+    states: list[DecodeState | PrefillState] = [*snapshot.decode, *snapshot.prefill]
     return {s.member.worker_id: s.num_matched_tokens for s in states if s.num_matched_tokens}
 
 

@@ -63,14 +63,16 @@ def test_who_has_left_is_passed_over_and_nobody_else() -> None:
 
 
 def test_a_worker_forgets_what_its_pages_cannot_hold() -> None:
-    index = index_of(1, num_pages=3)
+    index = index_of(1, num_pages=4)
     index.add(1, hashes("aaaabbbb"))
     index.add(1, hashes("cccc"))
+    index.add(1, hashes("dddd"))
     assert index.matches(hashes("aaaabbbb"), 8) == {1: 2}
-    index.add(1, hashes("aaaabbbb"))  # used again: what lay idle meanwhile goes first
-    index.add(1, hashes("ddddeeee"))
+    index.add(1, hashes("aaaabbbb"))  # used again, so that it stays longest
+    index.add(1, hashes("eeeeffffgggg"))
+    assert index.matches(hashes("aaaabbbb"), 8) == {1: 2}
     assert index.matches(hashes("cccc"), 8) == {}
-    assert index.matches(hashes("ddddeeee"), 8) == {1: 2}
+    assert index.matches(hashes("eeeeffffgggg"), 8) == {1: 3}
 
 
 def test_the_least_recently_used_blocks_are_forgotten_leaves_first() -> None:

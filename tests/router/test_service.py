@@ -194,7 +194,7 @@ async def test_sla_classes_bound_the_level(tmp_path: Path) -> None:
 
 
 async def test_too_many_at_once(tmp_path: Path) -> None:
-    router = RouterConfig(status_interval_s=0.02, max_concurrent=1)
+    router = RouterConfig(status_interval_s=0.02, max_concurrent=1, max_queued=0)
     script = Script(hold_after=0)
     async with scripted_cluster(tmp_path, script=script, router=router) as cluster:
         first = cluster.client.generate(token_ids=[5])

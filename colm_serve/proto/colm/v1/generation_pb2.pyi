@@ -71,14 +71,16 @@ class GenerateEvent(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., scored_prompt: _Optional[_Union[_common_pb2.ScoredPrompt, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "model", "level")
+    __slots__ = ("request_id", "model", "level", "is_brownout")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
+    IS_BROWNOUT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     level: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., level: _Optional[int] = ...) -> None: ...
+    is_brownout: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., level: _Optional[int] = ..., is_brownout: bool = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "text", "level", "logprobs")

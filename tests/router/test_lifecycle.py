@@ -1,29 +1,7 @@
 from __future__ import annotations
 
-import pytest
-
-from colm_serve.errors import ResourceExhausted
-from colm_serve.router.admission import Admission
 from colm_serve.router.lifecycle import Lifecycle, Stage
-
-
-def test_admission_is_bounded_and_places_come_back() -> None:
-    admission = Admission(2)
-    with admission.admit(), admission.admit():
-        assert admission.num_running == 2
-        with pytest.raises(ResourceExhausted, match="2 requests are under way"), admission.admit():
-            pass
-    with pytest.raises(KeyError), admission.admit():
-        raise KeyError
-    assert admission.num_running == 0
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.router.clock import FakeClock
 
 
 def test_stages_keep_the_time_they_were_first_reached() -> None:

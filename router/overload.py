@@ -1,0 +1,68 @@
+"""What load does to a request: the level it costs, how long waiting is worth it. Pure.
+
+Answered by the policy itself, on the same workers as they would be otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from colm_serve.router.policy import Placement, Policy, RequestFacts
+from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState
+
+MIN_RETRY_AFTER_S = 1.0
+MAX_RETRY_AFTER_S = 60.0
+
+
+def idle_level(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> int:
+    """The level that the request would get if these workers had nothing else to do."""
+    idle = ClusterSnapshot(tuple(map(_idle, cluster.decode)), tuple(map(_empty, cluster.prefill)))
+    return _anywhere(policy, request, idle).level
+
+
+def at_least_level(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
+    """What the request would get at its lowest level, beside all that runs, if it had room."""
+    lowest = replace(request, max_level=request.min_level, ttft_s=None, tpot_s=None)
+    return _anywhere(policy, lowest, replace(cluster, decode=tuple(map(_roomy, cluster.decode))))
+
+
+def retry_after_s(
+    placement: Placement, cluster: ClusterSnapshot, num_ahead: int, num_workers: int
+) -> float:
+    """Seconds until as many requests have ended as wait already, and one more.
+
+    Args:
+        placement: at one of the cluster's decode workers, whose load stands for that of all.
+        num_workers: decode workers there are.
+    """
+    state = next(s for s in cluster.decode if s.member == placement.decode)
+    num_rows = sum(state.status.num_running) + len(state.outstanding)
+    row_s = state.status.expected_output_tokens * placement.prediction.tpot_s
+    seconds = (num_ahead + 1) * row_s / max(1, num_rows * num_workers)
+    return min(MAX_RETRY_AFTER_S, max(MIN_RETRY_AFTER_S, seconds))
+
+
+def _anywhere(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
+    return policy(replace(request, refused_by=frozenset(), failed_at=frozenset()), cluster)
+
+
+def _roomy(state: DecodeState) -> DecodeState:
+    # Each request on its way takes no more than all of the pages.
+    num_pages = state.status.num_pages * (1 + len(state.outstanding))
+    status = replace(state.status, num_free_pages=num_pages)
+    return replace(state, status=status, tpot_s=None)
+
+
+def _idle(state: DecodeState) -> DecodeState:
+    status = replace(
+        state.status,
+        num_waiting=0,
+        num_running=(0,) * state.status.num_levels,
+        num_free_pages=state.status.num_pages,
+    )
+    return replace(state, status=status, outstanding=(), tpot_s=None)
+
+
+def _empty(state: PrefillState) -> PrefillState:
+    status = replace(state.status, num_running=0, num_waiting=0, num_queued_tokens=0)
+    return replace(state, status=status, num_outstanding_tokens=0)

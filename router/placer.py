@@ -1,0 +1,175 @@
+"""Decides where new requests go; those for which there is no room wait here for their turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from colm_serve.config import ClusterConfig
+from colm_serve.errors import ColmError, ResourceExhausted, Unavailable
+from colm_serve.router.cluster_view import ClusterView
+from colm_serve.router.decision import decide
+from colm_serve.router.fair_queue import FairQueue
+from colm_serve.router.lifecycle import Clock
+from colm_serve.router.overload import at_least_level, idle_level, retry_after_s
+from colm_serve.router.policy import Placement, Policy
+from colm_serve.router.running import RunningRequest
+from colm_serve.router.tenants import Tenant
+
+
+class _Turn:
+    """A request that waits; `may_try` is set while it is the first of all.
+
+    `trouble` is why it could not be placed when it was last tried.
+    """
+
+    def __init__(self, trouble: ColmError) -> None:
+        self.trouble = trouble
+        self.may_try = asyncio.Event()
+        self.is_pushed_out = False
+
+
+class Placer:
+    """Places requests, at most `max_concurrent` of them at a time, in a fair order."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        view: ClusterView,
+        policy: Policy,
+        tenants: Iterable[Tenant],
+        *,
+        clock: Clock,
+        patience_s: float,
+    ) -> None:
+        """`patience_s`: how long a request waits that has no target for its first token."""
+        self._view = view
+        self._policy = policy
+        self._clock = clock
+        self._patience_s = patience_s
+        self._max_concurrent = config.router.max_concurrent
+        self._expected_output_tokens = config.decode.expected_output_tokens
+        weights = {tenant.name: tenant.config.weight for tenant in tenants}
+        self._queue: FairQueue[_Turn] = FairQueue(config.router.max_queued, weights)
+        self._head: _Turn | None = None
+        self._placed: set[str] = set()
+
+    def num_waiting(self, tenant: Tenant) -> int:
+        """Requests of a tenant that wait for room."""
+        return self._queue.num_waiting(tenant.name)
+
+    async def place(self, running: RunningRequest) -> Placement:
+        """Where a request goes, once it has room and its turn has come.
+
+        It waits while it can still have its first token in time at its lowest level.
+
+        Raises:
+            Unavailable: no decode worker came to be reachable.
+            ResourceExhausted: there was no room in time, or too many wait.
+            InvalidArgument: no worker could ever hold it.
+        """
+        if len(self._queue) == 0:
+            try:
+                placement = self._decide(running)
+            except (Unavailable, ResourceExhausted) as error:
+                return await self._wait(running, error)
+            self._queue.serve_at_once(running.tenant.name, self._cost(running))
+            return placement
+        waiting = f"{len(self._queue)} requests wait for room"
+        return await self._wait(running, ResourceExhausted(waiting))
+
+    def leave(self, running: RunningRequest) -> None:
+        """The request is over, and another may be placed."""
+        self._placed.discard(running.request_id)
+        self._view.announce()
+
+    async def _wait(self, running: RunningRequest, trouble: ColmError) -> Placement:
+        patience_s = self._worth_waiting_s(running)
+        turn = _Turn(trouble)
+        try:
+            self._enter(running, turn)
+            async with asyncio.timeout(patience_s):
+                return await self._first_in_line(running, turn)
+        except TimeoutError:
+            waited = f"{turn.trouble}; waited {max(0.0, patience_s):.1f} s"
+        finally:
+            self._queue.remove(turn)
+            self._wake_head()
+        if isinstance(turn.trouble, Unavailable):
+            raise Unavailable(waited)
+        raise self._refusal(running, waited)
+
+    async def _first_in_line(self, running: RunningRequest, turn: _Turn) -> Placement:
+        while True:
+            await turn.may_try.wait()
+            if turn.is_pushed_out:
+                raise self._refusal(running, "too many requests wait for room")
+            change = self._view.change()
+            try:
+                placement = self._decide(running)
+            except (Unavailable, ResourceExhausted) as error:
+                turn.trouble = error
+            else:
+                self._queue.pop()
+                return placement
+            await change.wait()
+            running.refused_by = frozenset()
+
+    def _enter(self, running: RunningRequest, turn: _Turn) -> None:
+        ttft_s = running.remaining_ttft_s
+        due_s = running.remaining_s if ttft_s is None else ttft_s
+        pushed_out = self._queue.push(
+            running.tenant.name, self._cost(running), self._clock() + due_s, turn
+        )
+        if pushed_out is not None:
+            pushed_out.is_pushed_out = True
+            pushed_out.may_try.set()
+        self._wake_head()
+
+    def _wake_head(self) -> None:
+        head = self._queue.head()
+        if head is not self._head and self._head is not None and not self._head.is_pushed_out:
+            self._head.may_try.clear()
+        if head is not None:
+            head.may_try.set()
+        self._head = head
+
+    def _decide(self, running: RunningRequest) -> Placement:
+        if len(self._placed - {running.request_id}) >= self._max_concurrent:
+            raise ResourceExhausted(
+                f"{len(self._placed)} requests are being served, the most this router takes"
+            )
+        request, salt = running.facts(), running.checked.cache_salt
+        placement = decide(self._policy, self._view, request, salt)
+        if placement.level < request.max_level:
+            cluster = self._view.candidates(request.prompt, salt)
+            running.is_brownout = placement.level < idle_level(self._policy, request, cluster)
+        self._placed.add(running.request_id)
+        return placement
+
+    def _worth_waiting_s(self, running: RunningRequest) -> float:
+        """Until when a first token can still come in time, at the lowest level."""
+        if running.remaining_ttft_s is None:
+            return min(self._patience_s, running.remaining_s)
+        request, salt = running.facts(), running.checked.cache_salt
+        cluster = self._view.candidates(request.prompt, salt)
+        if not cluster.decode:
+            return min(self._patience_s, running.remaining_ttft_s)
+        soonest = at_least_level(self._policy, request, cluster).prediction.ttft_s
+        return running.remaining_ttft_s - soonest
+
+    def _refusal(self, running: RunningRequest, message: str) -> ResourceExhausted:
+        request, salt = running.facts(), running.checked.cache_salt
+        cluster = self._view.candidates(request.prompt, salt)
+        if not cluster.decode:
+            return ResourceExhausted(message)
+        lowest = at_least_level(self._policy, request, cluster)
+        num_workers = self._view.num_decode
+        wait_s = retry_after_s(lowest, cluster, len(self._queue), num_workers)
+        return ResourceExhausted(message, wait_s)
+
+    def _cost(self, running: RunningRequest) -> float:
+        """Tokens that serving a request is thought to take; those of a heavy class count less."""
+        max_tokens = running.checked.sampling.max_tokens
+        num_tokens = len(running.checked.prompt) + min(max_tokens, self._expected_output_tokens)
+        return num_tokens / running.checked.weight
