@@ -87,7 +87,8 @@ async def _generate(
     answer = Answer(style, int(time.time()), len(requests), num_choices, echoes)
     generate = partial(router.generate, tenant=tenant)
     streams = chain.from_iterable(choices(generate, r, num_choices) for r in requests)
-    events = merge(tuple(streams), MAX_BATCH_CONCURRENT)
+    num_concurrent = min(MAX_BATCH_CONCURRENT, tenant.config.max_concurrent or MAX_BATCH_CONCURRENT)
+    events = merge(tuple(streams), num_concurrent)
     # The first event is awaited before anything is sent, so that a refusal has its own status.
     work = _first(events) if body.stream else _whole(events, answer)
     result = await _until_disconnect(request, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable
 
 from colm_serve.core import Member, Membership
@@ -13,11 +14,17 @@ from colm_serve.router.worker_client import WorkerClients
 
 logger = logging.getLogger(__name__)
 
+#: More than this is worth no request's delay: with many workers each is asked less often.
+MAX_POLLS_PER_S = 200.0
+
 Sleep = Callable[[float], Awaitable[None]]
 
 
 class StatusPoller:
-    """Keeps a ClusterView up to date; a hung worker delays the news of no other."""
+    """Keeps a ClusterView up to date; a hung worker delays the news of no other.
+
+    A worker is asked every `interval_s` seconds, or as often as `MAX_POLLS_PER_S` allows.
+    """
 
     def __init__(
         self,
@@ -60,9 +67,15 @@ class StatusPoller:
             self._view.set_status(member, status, counted)
 
     async def _poll_forever(self, member: Member) -> None:
+        await self.poll(member)
+        # Those that joined together are not asked together ever after.
+        await self._sleep(self._wait_s() * random.random())
         while True:
             await self.poll(member)
-            await self._sleep(self._interval_s)
+            await self._sleep(self._wait_s())
+
+    def _wait_s(self) -> float:
+        return max(self._interval_s, len(self._tasks) / MAX_POLLS_PER_S)
 
     async def _end(self, members: list[Member]) -> None:
         tasks = [self._tasks.pop(member) for member in members]

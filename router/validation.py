@@ -172,10 +172,12 @@ class Validator:
         return prompt
 
     def _check_token_ids(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < self._model.vocab_size:
-                allowed = f"token ids 0 to {self._model.vocab_size - 1}"
-                raise InvalidArgument(f"prompt[{position}]", token_id, allowed)
+        vocab_size = self._model.vocab_size
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+            wrong = (i for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
+            position = next(wrong)
+            allowed = f"token ids 0 to {vocab_size - 1}"
+            raise InvalidArgument(f"prompt[{position}]", token_ids[position], allowed)
         return token_ids
 
     def _need_tokenizer(self, field: str, value: object) -> Tokenizer:

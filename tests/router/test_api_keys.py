@@ -161,3 +161,13 @@ async def test_grpc_status_and_metadata(tmp_path: Path) -> None:
         told = dict(await served.initial_metadata())
         assert (told["colm-level"], told["colm-brownout"]) == ("2", "false")
         served.cancel()
+
+
+async def test_a_batch_takes_no_more_than_its_tenant_may(tmp_path: Path) -> None:
+    async with scripted_cluster(
+        tmp_path, tenants=tenants(max_concurrent=1), api_key=ACME
+    ) as cluster:
+        body = {**BODY, "prompt": [[10], [11], [12]], "n": 2}
+        reply = await cluster.http.post(COMPLETION, json=body)
+        assert reply.status_code == 200
+        assert len(reply.json()["choices"]) == 6
