@@ -41,6 +41,7 @@ from colm_serve.core import (
     FinishReason,
     Member,
     Membership,
+    PrefillCost,
     PrefillStatus,
     SamplingParams,
     StageTimings,
@@ -51,7 +52,7 @@ from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.decision import decide
 from colm_serve.router.model_facts import ModelFacts
-from colm_serve.router.policy import RequestFacts, highest_level_least_finish
+from colm_serve.router.policy import RequestFacts, adaptive
 from colm_serve.router.router import Router
 from colm_serve.router.server import RouterService
 from colm_serve.router.snapshot import Work
@@ -129,7 +130,8 @@ def prefill_status(worker_id: str, num_queued_tokens: int) -> PrefillStatus:
         num_running=0,
         num_waiting=0,
         num_queued_tokens=num_queued_tokens,
-        tokens_per_s=8000.0,
+        queued_s=num_queued_tokens / 8000,
+        cost=PrefillCost(pass_s=0.001, token_s=1 / 8000, attended_key_s=0.0, chunk_tokens=512),
         num_free_pages=4096,
         num_pages=4096,
         num_computed_tokens=0,
@@ -232,7 +234,7 @@ def measure_decisions(num_workers: int, num_decisions: int) -> list[Row]:
         prompt = (*draw.choice(prefixes), *rest)
         request = RequestFacts(prompt, 256, 1, MODEL.num_levels, ttft_s=0.5, tpot_s=0.05)
         begin = time.perf_counter()
-        placement = decide(highest_level_least_finish, view, request, "")
+        placement = decide(adaptive, view, request, "")
         decided = time.perf_counter()
         view.place(f"r{i}", placement, Work(placement.level, len(prompt), 256, 0.05), prompt, "")
         view.admitted(f"r{i}", placement)

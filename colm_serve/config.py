@@ -211,6 +211,27 @@ class RouterConfig(_Frozen):
     status_interval_s: Seconds = 0.5
     status_timeout_s: Seconds = 2.0
     max_attempts: Count = 4
+    policy: Literal["adaptive", "fixed_level", "aggregated"] = Field(
+        default="adaptive",
+        description="adaptive: the highest level at which targets hold; the others are there to "
+        "compare it with. fixed_level: one level; aggregated: adaptive without prefill workers",
+    )
+    fixed_level: Count | None = None
+    level_moves_per_s: float = Field(
+        default=32.0,
+        ge=0,
+        le=1000,
+        description="of requests that run at one decode worker; 0: they stay where they were put",
+    )
+
+    @model_validator(mode="after")
+    def _the_level_is_given_where_read(self) -> RouterConfig:
+        if (self.policy == "fixed_level") != (self.fixed_level is not None):
+            raise ValueError(
+                f"fixed_level {self.fixed_level} with policy {self.policy}: the policy "
+                "fixed_level needs one, the others read none"
+            )
+        return self
 
 
 class TenantConfig(_Frozen):

@@ -295,26 +295,69 @@ class StepCost:
             rows_per_chain: how many rows chain i serves.
             cached_tokens_per_chain: how many tokens they attend to, all rows together.
         """
-        seconds = sum(
-            chain + row * (rows - 1)
-            for chain, row, rows in zip(self.chain_s, self.row_s, rows_per_chain, strict=False)
-            if rows > 0
+        attended = cached_tokens_per_chain or (0,) * len(rows_per_chain)
+        counts = zip(rows_per_chain, attended, strict=False)
+        return sum(self.chain_step_s(chain, *each) for chain, each in enumerate(counts))
+
+    def chain_step_s(self, chain: int, num_rows: float, num_cached_tokens: float) -> float:
+        """One chain's part of a step; 0 where nothing has been measured of it."""
+        if num_rows <= 0 or chain >= len(self.chain_s):
+            return 0.0
+        seconds = self.chain_s[chain] + self.row_s[chain] * (num_rows - 1)
+        if num_rows > self.NUM_NARROW_ROWS and self.wide_row_s:
+            seconds += self.wide_row_s[chain] * (num_rows - self.NUM_NARROW_ROWS)
+        if self.cached_token_s:
+            seconds += self.cached_token_s[chain] * num_cached_tokens
+        return seconds
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """A prefill worker's measured time of a pass over up to `chunk_tokens` tokens.
+
+    It takes `pass_s`, `token_s` for each token and `attended_key_s` for each key that one of them
+    attends to: those before it and its own.
+    """
+
+    pass_s: float
+    token_s: float
+    attended_key_s: float
+    chunk_tokens: int
+
+    @staticmethod
+    def num_attended_keys(start: int, stop: int) -> int:
+        """Keys that the tokens [start, stop) of a prompt attend to, all together."""
+        return (stop - start) * (start + stop + 1) // 2
+
+    def seconds(self, start: int, stop: int) -> float:
+        """Predicted seconds to compute the tokens [start, stop) of one prompt alone."""
+        num_tokens = stop - start
+        if num_tokens <= 0:
+            return 0.0
+        return (
+            self.pass_s * -(-num_tokens // max(1, self.chunk_tokens))
+            + self.token_s * num_tokens
+            + self.attended_key_s * self.num_attended_keys(start, stop)
         )
-        wide_rows = (max(0, rows - self.NUM_NARROW_ROWS) for rows in rows_per_chain)
-        seconds += _dot(self.wide_row_s, wide_rows)
-        return seconds + _dot(self.cached_token_s, cached_tokens_per_chain)
 
 
-def _dot(seconds: Iterable[float], counts: Iterable[int]) -> float:
-    return sum(each * number for each, number in zip(seconds, counts, strict=False))
+@dataclass(frozen=True)
+class TransferCost:
+    """A decode worker's measured time of a call for keys and values, and of a token's on the way.
+
+    0 until measured.
+    """
+
+    call_s: float = 0.0
+    token_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class DecodeStatus:
     """A decode worker's load; `num_running[k - 1]` counts the rows at level k.
 
-    It reserves pages for a prompt and up to `expected_output_tokens` of output. Of `num_drafted`
-    tokens drafted `num_accepted` held.
+    They attend to `num_attended[k - 1]` tokens, all together. It reserves pages for a prompt and up
+    to `expected_output_tokens` of output. Of `num_drafted` tokens drafted `num_accepted` held.
     """
 
     worker_id: str
@@ -333,11 +376,13 @@ class DecodeStatus:
     num_preemptions: int
     num_drafted: int
     num_accepted: int
+    num_attended: tuple[int, ...] = ()
+    transfer_cost: TransferCost = TransferCost()
 
 
 @dataclass(frozen=True)
 class PrefillStatus:
-    """A prefill worker's load.
+    """A prefill worker's load: `queued_s` is what its `num_queued_tokens` are predicted to take.
 
     Since it started it has computed `num_computed_tokens` of prompts and found
     `num_cached_tokens` in its prefix cache.
@@ -349,7 +394,8 @@ class PrefillStatus:
     num_running: int
     num_waiting: int
     num_queued_tokens: int
-    tokens_per_s: float
+    queued_s: float
+    cost: PrefillCost
     num_free_pages: int
     num_pages: int
     num_computed_tokens: int

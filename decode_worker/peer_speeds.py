@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from colm_serve.core import TransferCost
 
 #: What an older measurement counts for when a newer one comes.
 _DECAY = 0.9
@@ -68,11 +71,19 @@ class StreamMeter:
 
 
 class SpeedTable:
-    """The speeds of the `max_peers` addresses asked last."""
+    """The speeds of the `max_peers` addresses asked last; `overall` takes them together."""
 
     def __init__(self, max_peers: int = MAX_PEERS) -> None:
         self._max_peers = max_peers
         self._peers: OrderedDict[str, PeerSpeeds] = OrderedDict()
+
+    @property
+    def overall(self) -> TransferCost:
+        peers = self._peers.values()
+        return TransferCost(
+            call_s=_each_s(speeds.openings for speeds in peers),
+            token_s=_each_s(speeds.tokens for speeds in peers),
+        )
 
     def of(self, address: str) -> PeerSpeeds:
         speeds = self._peers.setdefault(address, PeerSpeeds())
@@ -80,3 +91,12 @@ class SpeedTable:
         if len(self._peers) > self._max_peers:
             self._peers.popitem(last=False)
         return speeds
+
+
+def _each_s(rates: Iterable[Rate]) -> float:
+    """Seconds that one of what they measure takes; 0 if nothing has been measured."""
+    amount = seconds = 0.0
+    for rate in rates:
+        amount += rate.amount
+        seconds += rate.seconds
+    return seconds / amount if amount else 0.0

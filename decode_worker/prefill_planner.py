@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from colm_serve.core import TransferCost
 from colm_serve.decode_worker.peer_speeds import SpeedTable, StreamMeter
 from colm_serve.decode_worker.prefill_plan import (
     LocalLoad,
@@ -34,6 +35,11 @@ class PrefillPlanner:
         num_tokens = sequence.num_missing
         link = speeds.tokens.per_s
         return is_asking_worthwhile(num_tokens, load, speeds.round_trip_s, link)
+
+    @property
+    def transfer_cost(self) -> TransferCost:
+        """Of a call to a prefill worker, whichever it is."""
+        return self._speeds.overall
 
     def meter(self, address: str, now: float) -> StreamMeter:
         """What a call that is made `now` is to be measured by."""

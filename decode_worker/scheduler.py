@@ -85,6 +85,13 @@ class DecodeScheduler:
             counts[sequence.level - 1] += 1
         return tuple(counts)
 
+    def num_attended(self, num_levels: int) -> tuple[int, ...]:
+        """Tokens that running sequences attend to by level, level 1 first."""
+        counts = [0] * num_levels
+        for sequence in self._running:
+            counts[sequence.level - 1] += len(sequence.tokens)
+        return tuple(counts)
+
     def admit(self, request: DecodeRequest) -> Sequence:
         """Reserve pages for the prompt and the output to expect, or refuse at once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -41,6 +42,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._server = make_server()
         self._channels = ChannelCache(self._tls)
         self._grammars = GrammarQueue(self._worker.grammars)
+        self._planner = PrefillPlanner(self._worker.local_load, self._worker.layout.num_layers)
         self._fetcher = PromptFetcher(
             self._worker.pool,
             self._worker.layout,
@@ -48,7 +50,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self._channels,
             self._config.frame_timeout_s,
             self._config.kv_codec,
-            PrefillPlanner(self._worker.local_load, self._worker.layout.num_layers),
+            self._planner,
             use_shared_memory=self._config.shared_memory,
             num_connections=self._config.kv_connections,
         )
@@ -68,7 +70,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     async def GetStatus(
         self, request: decode_pb2.DecodeStatusRequest, context: _Context
     ) -> decode_pb2.DecodeStatus:
-        return serde.decode_status_to_proto(self._worker.status())
+        status = replace(self._worker.status(), transfer_cost=self._planner.transfer_cost)
+        return serde.decode_status_to_proto(status)
 
     async def Decode(self, request_iterator: _Controls, context: _Context) -> None:
         controls: asyncio.Task[None] | None = None

@@ -26,6 +26,7 @@ from colm_serve.decode_worker.prefill_plan import LocalLoad
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.decode_worker.sequence import Sequence, Stage
 from colm_serve.decode_worker.speculation import Speculation, Step
+from colm_serve.decode_worker.step_meter import StepMeter
 from colm_serve.decode_worker.turn import Chunk, Row, Turn
 from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
@@ -70,10 +71,9 @@ class DecodeWorker:
         self._config = config
         self._worker_id = worker_id
         self._epoch = epoch
-        self._step_cost = measure_step_cost(loaded.model, self.pool)
-        self._speculation = Speculation(
-            loaded.model, self.pool, self._step_cost, config.speculation
-        )
+        step_cost = measure_step_cost(loaded.model, self.pool)
+        self._meter = StepMeter(step_cost)
+        self._speculation = Speculation(loaded.model, self.pool, step_cost, config.speculation)
         self._prefill_rate = Rate()
         self._ledger = PageLedger(config.num_pages)
         self._scheduler = DecodeScheduler(
@@ -178,6 +178,7 @@ class DecodeWorker:
         self._compute.check_alive()
 
     def status(self) -> DecodeStatus:
+        step_cost = self._meter.cost()
         with self._compute.lock:
             return DecodeStatus(
                 worker_id=self._worker_id,
@@ -190,12 +191,13 @@ class DecodeWorker:
                 num_free_pages=self._ledger.num_free,
                 num_pages=self._ledger.num_pages,
                 page_size=self._config.page_size,
-                step_cost=self._step_cost,
+                step_cost=step_cost,
                 prefill_tokens_per_s=self._prefill_rate.per_s or 0.0,
                 expected_output_tokens=self._config.expected_output_tokens,
                 num_preemptions=self._scheduler.num_preemptions,
                 num_drafted=self._speculation.num_drafted,
                 num_accepted=self._speculation.num_accepted,
+                num_attended=self._scheduler.num_attended(self._model.num_chains),
             )
 
     def check_integrity(self) -> None:
@@ -230,6 +232,7 @@ class DecodeWorker:
             raise InvalidArgument("level", level, f"1 to {self._model.num_chains}")
 
     def _take_turn(self) -> None:
+        begin = time.perf_counter()
         with self._compute.lock:
             turn = self._scheduler.next_turn()
             for sequence in turn.preempted:
@@ -253,6 +256,9 @@ class DecodeWorker:
             self.num_steps += bool(steps)
             self._complete(turn, sampled, logprobs)
             self._speculation.learn(steps, sampled, stored)
+        if steps and not chunks and not any(step.run.drafts for step in steps):
+            rows = ((step.row.level, step.segment.stop) for step in steps)
+            self._meter.note(rows, time.perf_counter() - begin)
 
     def _run_rows(
         self, steps: list[Step], chunks: list[Chunk], chunk_segments: list[Segment]

@@ -110,6 +110,12 @@ class PrefillScheduler:
         """Tokens still to be computed, of all jobs."""
         return sum(job.num_left for jobs in (self._waiting, self._running) for job in jobs)
 
+    @property
+    def queued(self) -> Iterator[tuple[int, int]]:
+        """Of each job, the tokens [start, stop) still to be computed."""
+        jobs = (job for jobs in (self._waiting, self._running) for job in jobs)
+        return ((job.num_computed, job.num_tokens) for job in jobs)
+
     def num_tokens_before(self, job: PrefillJob) -> int:
         """Tokens of other prompts that are computed before all of this one's are."""
         others = (j for jobs in (self._waiting, self._running) for j in jobs if j is not job)

@@ -15,10 +15,12 @@ from colm_serve.core import KvLayout, PrefillRequest, PrefillStatus
 from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
+from colm_serve.engine.prefill_cost import measure_prefill_cost
 from colm_serve.engine.sparse.sparsity import make_sparsity
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
+from colm_serve.latency.prefill_fit import PrefillFit
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.serving import ServingModel
 from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, ScheduledChunk
@@ -102,6 +104,7 @@ class PrefillWorker:
         self._watches: dict[PrefillJob, _Watch] = {}
         self._tables: dict[PrefillJob, BlockTable] = {}
         self._tokens_per_s = 0.0
+        self._fit = PrefillFit(measure_prefill_cost(loaded.model, self.pool, config.chunk_tokens))
         self._num_computed_tokens = 0
         self._compute = ComputeThread(
             worker_id,
@@ -168,6 +171,7 @@ class PrefillWorker:
 
     def status(self) -> PrefillStatus:
         with self._compute.lock:
+            cost = self._fit.cost
             return PrefillStatus(
                 worker_id=self._worker_id,
                 epoch=self.epoch,
@@ -175,7 +179,8 @@ class PrefillWorker:
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 num_queued_tokens=self._scheduler.num_queued_tokens,
-                tokens_per_s=self._tokens_per_s,
+                queued_s=sum(cost.seconds(*left) for left in self._scheduler.queued),
+                cost=cost,
                 num_free_pages=self._ledger.num_free,
                 num_pages=self._ledger.num_pages,
                 num_computed_tokens=self._num_computed_tokens,
@@ -230,7 +235,7 @@ class PrefillWorker:
                 self._scheduler.complete_pass(is_computed=False)
                 self._announce_cached()
         else:
-            self._measure(sum(c.num_tokens for c in chunks), time.perf_counter() - begin)
+            self._measure(passes, time.perf_counter() - begin)
             self._complete(chunks)
 
     def _chunk(self, chunk: ScheduledChunk) -> PrefillChunk:
@@ -266,12 +271,15 @@ class PrefillWorker:
                 if watch is not None and start < stop:
                     watch.sink(LayerDone(layer, start, stop))
 
-    def _measure(self, num_tokens: int, seconds: float) -> None:
+    def _measure(self, passes: list[PrefillChunk], seconds: float) -> None:
+        num_tokens = sum(len(chunk.tokens) for chunk in passes)
         speed = num_tokens / seconds
         self._tokens_per_s = (
             speed if not self._tokens_per_s else (0.8 * self._tokens_per_s + 0.2 * speed)
         )
         self._num_computed_tokens += num_tokens
+        with self._compute.lock:
+            self._fit.observe(((chunk.start, chunk.stop) for chunk in passes), seconds)
 
     def _complete(self, chunks: tuple[ScheduledChunk, ...]) -> None:
         with self._compute.lock:

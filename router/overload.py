@@ -17,7 +17,7 @@ MAX_RETRY_AFTER_S = 60.0
 def idle_level(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> int:
     """The level that the request would get if these workers had nothing else to do."""
     idle = ClusterSnapshot(tuple(map(_idle, cluster.decode)), tuple(map(_empty, cluster.prefill)))
-    return _anywhere(policy, request, idle).level
+    return _anywhere(policy, replace(request, age_s=0.0, is_begun=True), idle).level
 
 
 def at_least_level(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
@@ -58,11 +58,12 @@ def _idle(state: DecodeState) -> DecodeState:
         state.status,
         num_waiting=0,
         num_running=(0,) * state.status.num_levels,
+        num_attended=(),
         num_free_pages=state.status.num_pages,
     )
-    return replace(state, status=status, outstanding=(), tpot_s=None)
+    return replace(state, status=status, outstanding=(), placed=(), tpot_s=None)
 
 
 def _empty(state: PrefillState) -> PrefillState:
-    status = replace(state.status, num_running=0, num_waiting=0, num_queued_tokens=0)
+    status = replace(state.status, num_running=0, num_waiting=0, num_queued_tokens=0, queued_s=0.0)
     return replace(state, status=status, num_outstanding_tokens=0)

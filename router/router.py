@@ -28,7 +28,7 @@ from colm_serve.router.lifecycle import Clock, Lifecycle
 from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.placer import Placer
-from colm_serve.router.policy import Placement, Policy, highest_level_least_finish
+from colm_serve.router.policy import Placement, make_policy
 from colm_serve.router.poller import StatusPoller
 from colm_serve.router.request import (
     GenerationEvent,
@@ -58,7 +58,6 @@ class Router:
         model: ModelFacts,
         tokenizer: Tokenizer | None,
         *,
-        policy: Policy = highest_level_least_finish,
         clock: Clock = time.monotonic,
         patience_s: float = PATIENCE_S,
     ) -> None:
@@ -67,15 +66,15 @@ class Router:
         self._validator = Validator(model, tokenizer, config.sla_classes, config.default_sla_class)
         self._decode_text = None if tokenizer is None else tokenizer.decode
         self._token_bytes = _unknown if tokenizer is None else tokenizer.token_bytes
-        self._policy = policy
         self._clock = clock
         self._max_attempts = config.router.max_attempts
         self.tenants = Tenants(config.tenants)
         # As many again may be read and checked, so that nobody who waits keeps others out.
         max_under_way = 2 * config.router.max_concurrent + config.router.max_queued
         self._admission = Admission(max_under_way, self.tenants.all, clock)
+        self._policy = make_policy(config.router)
         self._placer = Placer(
-            config, self.view, policy, self.tenants.all, clock=clock, patience_s=patience_s
+            config, self.view, self._policy, self.tenants.all, clock=clock, patience_s=patience_s
         )
         self._clients = WorkerClients(config.tls)
         self._poller = StatusPoller(

@@ -19,9 +19,9 @@ from colm_serve.core import (
     TokenLogprob,
 )
 from colm_serve.router.detokenizer import Detokenizer, Piece
+from colm_serve.router.facts import Placement, RequestFacts
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.model_facts import ModelFacts
-from colm_serve.router.policy import Placement, RequestFacts
 from colm_serve.router.request import Finished, Started, Token, Usage
 from colm_serve.router.snapshot import Work
 from colm_serve.router.tenants import ANYBODY, Tenant
@@ -99,8 +99,12 @@ class RunningRequest:
             max_tokens=self._max_tokens,
             min_level=high if self._is_level_set else low,
             max_level=high,
-            ttft_s=self.checked.ttft_s,
+            ttft_s=None if self.is_resuming else self.checked.ttft_s,
             tpot_s=self.checked.tpot_s,
+            deadline_s=self.checked.deadline_s,
+            age_s=self.lifecycle.age_s(),
+            is_begun=self.num_attempts > 0,
+            own_targets=self.checked.own_targets,
             refused_by=self.refused_by,
             failed_at=self.failed_at,
         )
@@ -131,7 +135,14 @@ class RunningRequest:
             cache_salt=self.checked.cache_salt,
             ttft_s=self.remaining_ttft_s,
         )
-        return request, Work(placement.level, len(prompt), max_tokens, self.checked.tpot_s)
+        work = Work(
+            level=placement.level,
+            num_prompt_tokens=len(prompt),
+            max_tokens=max_tokens,
+            tpot_s=self.checked.tpot_s,
+            min_level=placement.level if self._is_level_set else self.checked.min_level,
+        )
+        return request, work
 
     async def set_level(self, level: int) -> None:
         """Go to a level from the next token on, and keep it through any failover."""

@@ -9,12 +9,13 @@ from colm_serve.core import DecodeStatus, Member, PrefillStatus
 
 @dataclass(frozen=True)
 class Work:
-    """One request that this router has placed on a worker."""
+    """One request that this router has placed on a worker; it may be moved to `min_level`."""
 
     level: int
     num_prompt_tokens: int
     max_tokens: int
     tpot_s: float | None = None
+    min_level: int = 1
 
     def num_reserved_tokens(self, expected_output_tokens: int) -> int:
         """What a worker that expects so much output reserves pages for."""
@@ -23,7 +24,8 @@ class Work:
 
 @dataclass(frozen=True)
 class DecodeState:
-    """A decode worker. `outstanding` work was placed since and is not in `status` yet.
+    """A decode worker. `placed` is what this router has there, `outstanding` what of it was placed
+    since and is not in `status` yet.
 
     `tpot_s` is the strictest target among the requests that this router runs there.
     `num_matched_tokens` is how much of the prompt to be placed the router believes cached there.
@@ -32,6 +34,7 @@ class DecodeState:
     member: Member
     status: DecodeStatus
     outstanding: tuple[Work, ...] = ()
+    placed: tuple[Work, ...] = ()
     tpot_s: float | None = None
     num_matched_tokens: int = 0
 

@@ -76,6 +76,7 @@ class WorkerRecord:
             member=self.member,
             status=_without(self.released, status),
             outstanding=self._outstanding_work(),
+            placed=tuple(placed.work for placed in self.placed.values()),
             tpot_s=min(targets, default=None),
         )
 
@@ -87,14 +88,18 @@ def _without(released: Sequence[Work], status: DecodeStatus) -> DecodeStatus:
     """The status as it will be once the worker reports that this work has ended."""
     if not released:
         return status
-    num_running = list(status.num_running)
+    num_running, num_attended = list(status.num_running), list(status.num_attended)
     num_free_pages = status.num_free_pages
     for work in released:
-        num_running[work.level - 1] = max(0, num_running[work.level - 1] - 1)
+        level = work.level - 1
+        if level < len(num_attended):
+            num_attended[level] -= num_attended[level] // max(1, num_running[level])
+        num_running[level] = max(0, num_running[level] - 1)
         num_tokens = work.num_reserved_tokens(status.expected_output_tokens)
         num_free_pages += -(-num_tokens // status.page_size)
     return replace(
         status,
         num_running=tuple(num_running),
+        num_attended=tuple(num_attended),
         num_free_pages=min(status.num_pages, num_free_pages),
     )

@@ -7,9 +7,7 @@ Shapes: T rows, S scored rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from colm_serve.core import StepCost
+from colm_serve.engine.timing import median_s
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.paged import PagedContext, Span
 from colm_serve.model.serving import ServingModel
@@ -114,7 +113,7 @@ def measure_step_cost(model: ServingModel, pool: KvPool, repeats: int = 5) -> St
     for level in range(1, model.num_chains + 1):
         row, last_row = (Segment((0,), p, level, table) for p in (0, num_cached - 1))
         one, some, many, last = (
-            _median_s(partial(_greedy_step, model, pool, segments), repeats)
+            median_s(partial(_greedy_step, model, pool, segments), repeats)
             for segments in ([row], [row] * narrow, [row] * 2 * narrow, [last_row])
         )
         # A level costs at least what the level below it does; noise may say otherwise.
@@ -127,16 +126,6 @@ def measure_step_cost(model: ServingModel, pool: KvPool, repeats: int = 5) -> St
 
 def _per_chain(per_level: Sequence[float]) -> tuple[float, ...]:
     return tuple(upper - lower for lower, upper in pairwise(per_level))
-
-
-def _median_s(run: Callable[[], object], repeats: int) -> float:
-    run()
-    samples = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        samples.append(time.perf_counter() - begin)
-    return statistics.median(samples)
 
 
 def _greedy_step(model: ServingModel, pool: KvPool, segments: Sequence[Segment]) -> None:

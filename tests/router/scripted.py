@@ -20,6 +20,7 @@ from colm_serve.core import (
     FinishReason,
     Logprobs,
     Member,
+    PrefillCost,
     PrefillStatus,
     StageTimings,
     StepCost,
@@ -206,7 +207,10 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.PrefillStatusRequest, context: _Context
     ) -> prefill_pb2.PrefillStatus:
         status = prefill_status(
-            worker_id=self.worker_id, epoch=self.epoch, num_queued_tokens=self.num_queued_tokens
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            num_queued_tokens=self.num_queued_tokens,
+            queued_s=self.num_queued_tokens / 10_000,
         )
         return serde.prefill_status_to_proto(status)
 
@@ -243,7 +247,8 @@ def prefill_status(**changes: Any) -> PrefillStatus:
         num_running=0,
         num_waiting=0,
         num_queued_tokens=0,
-        tokens_per_s=10_000.0,
+        queued_s=0.0,
+        cost=PrefillCost(pass_s=0.0, token_s=1e-4, attended_key_s=0.0, chunk_tokens=512),
         num_free_pages=64,
         num_pages=64,
         num_computed_tokens=0,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from colm_serve.core import StepCost
+from colm_serve.errors import ResourceExhausted
 from colm_serve.router.overload import (
     MAX_RETRY_AFTER_S,
     MIN_RETRY_AFTER_S,
@@ -12,7 +13,7 @@ from colm_serve.router.overload import (
     idle_level,
     retry_after_s,
 )
-from colm_serve.router.policy import highest_level_least_finish as policy
+from colm_serve.router.policy import adaptive as policy
 from colm_serve.router.snapshot import Work
 from tests.router.test_policy import cluster, decode, facts, prefill
 
@@ -39,7 +40,8 @@ def test_the_idle_level_is_that_of_these_workers_without_work(
 
 def test_prompts_that_wait_are_load_too() -> None:
     snapshot = cluster(decode(), prefill(num_outstanding_tokens=9000, num_queued_tokens=9000))
-    assert policy(facts(ttft_s=0.05), snapshot).level == 1
+    with pytest.raises(ResourceExhausted):
+        policy(facts(ttft_s=0.05), snapshot)
     assert idle_level(policy, facts(ttft_s=0.05), snapshot) == 3
 
 

@@ -15,7 +15,7 @@ from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.decision import decide
 from colm_serve.router.latency_model import Prediction
 from colm_serve.router.placement import MAX_ALL, Ranking
-from colm_serve.router.policy import Placement, RequestFacts, highest_level_least_finish
+from colm_serve.router.policy import Placement, RequestFacts, adaptive
 from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
 from tests.router.scripted import KV_IDENTITY, NUM_LEVELS, decode_status, prefill_status
 
@@ -161,7 +161,7 @@ def test_what_a_worker_is_known_to_have_freed_is_room_at_once() -> None:
 
 
 def decided(view: ClusterView, max_tokens: int = 28) -> int:
-    placement = decide(highest_level_least_finish, view, facts(max_tokens), "")
+    placement = decide(adaptive, view, facts(max_tokens), "")
     return int(placement.decode.worker_id.removeprefix("decode"))
 
 

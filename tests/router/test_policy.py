@@ -7,14 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colm_serve.core import Member, StepCost, WorkerKind
+from colm_serve.config import RouterConfig
+from colm_serve.core import Member, StepCost, TransferCost, WorkerKind
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
-from colm_serve.router.latency_model import predict, rows_by_level
-from colm_serve.router.policy import RequestFacts, highest_level_least_finish, num_free_pages
+from colm_serve.router.facts import RequestFacts
+from colm_serve.router.latency_model import Load
+from colm_serve.router.offer import Offers
+from colm_serve.router.policy import adaptive as place
+from colm_serve.router.policy import aggregated, fixed_level, make_policy
+from colm_serve.router.room import num_free_pages
 from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
 from tests.router.scripted import KV_IDENTITY, NUM_LEVELS, decode_status, prefill_status
-
-place = highest_level_least_finish
 
 
 def member(kind: WorkerKind, worker_id: str) -> Member:
@@ -23,14 +26,20 @@ def member(kind: WorkerKind, worker_id: str) -> Member:
 
 def decode(worker_id: str = "d0", **changes: Any) -> DecodeState:
     """A worker whose every step takes 10 ms a chain, and 1 ms a chain for each further row."""
-    around = {k: changes.pop(k) for k in ("outstanding", "tpot_s") if k in changes}
+    around = {
+        k: changes.pop(k)
+        for k in ("outstanding", "placed", "tpot_s", "num_matched_tokens")
+        if k in changes
+    }
     status = decode_status(worker_id=worker_id, **changes)
     return DecodeState(member(WorkerKind.DECODE, worker_id), status, **around)
 
 
 def prefill(worker_id: str = "p0", num_outstanding_tokens: int = 0, **changes: Any) -> PrefillState:
+    num_matched = changes.pop("num_matched_tokens", 0)
     status = prefill_status(worker_id=worker_id, **changes)
-    return PrefillState(member(WorkerKind.PREFILL, worker_id), status, num_outstanding_tokens)
+    who = member(WorkerKind.PREFILL, worker_id)
+    return PrefillState(who, status, num_outstanding_tokens, num_matched)
 
 
 def facts(**changes: Any) -> RequestFacts:
@@ -43,6 +52,13 @@ def cluster(*states: DecodeState | PrefillState) -> ClusterSnapshot:
         tuple(s for s in states if isinstance(s, DecodeState)),
         tuple(s for s in states if isinstance(s, PrefillState)),
     )
+
+
+#: 0.1 ms a chain for each token attended to; the row of level 3 attends to 1000.
+ATTENDED = {
+    "step_cost": StepCost((0.010,) * 3, (0.001,) * 3, (), (0.0001,) * 3),
+    "num_attended": (0, 0, 1000),
+}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +80,16 @@ def cluster(*states: DecodeState | PrefillState) -> ClusterSnapshot:
         ({"ttft_s": 0.121}, {"prefill_tokens_per_s": 1000.0}, 2),
         ({"ttft_s": 0.030}, {"prefill_tokens_per_s": 0.0}, 3),  # a rate not measured yet
         ({"tpot_s": 0.029}, {"step_cost": StepCost((), ())}, 3),  # costs not measured yet
+        # 28 tokens: 27 of 30 ms after the first, which has 130 ms.
+        ({"deadline_s": 0.941}, {"prefill_tokens_per_s": 1000.0}, 3),
+        ({"deadline_s": 0.939}, {"prefill_tokens_per_s": 1000.0}, 2),
+        ({"deadline_s": 9.0, "age_s": 8.061}, {"prefill_tokens_per_s": 1000.0}, 2),
+        ({"deadline_s": 0.001}, {"prefill_tokens_per_s": 1000.0}, 1),  # its text may be short
+        ({"ttft_s": 0.5, "age_s": 0.371}, {"prefill_tokens_per_s": 1000.0}, 2),
+        ({"ttft_s": 0.051}, {"prefill_tokens_per_s": 1000.0, "num_matched_tokens": 80}, 3),
+        # 1000 tokens that others attend to, 100 and half of 28 of its own: 0.1 ms each a chain.
+        ({"tpot_s": 0.344}, {"num_running": (0, 0, 1), **ATTENDED}, 1),
+        ({"tpot_s": 0.368}, {"num_running": (0, 0, 1), **ATTENDED}, 3),
     ],
 )
 def test_level(request_changes: Any, state_changes: Any, level: int) -> None:
@@ -73,7 +99,7 @@ def test_level(request_changes: Any, state_changes: Any, level: int) -> None:
 def test_outstanding_work_counts_as_running() -> None:
     work = Work(level=3, num_prompt_tokens=10, max_tokens=10)
     state = decode(outstanding=(work,))
-    assert rows_by_level(state, 2) == (0, 1, 1)
+    assert Load.of(state) == Load((1, 1, 1), (10, 10, 10))
     assert place(facts(tpot_s=0.032), cluster(state)).level == 2
 
 
@@ -91,10 +117,80 @@ def test_at_equal_levels_the_least_finish_wins() -> None:
 
 def test_more_rows_than_a_step_holds_take_turns() -> None:
     full = decode(num_running=(8, 0, 0), max_rows=8)
-    prediction = predict(full, None, level=1, num_prompt_tokens=100, max_tokens=28)
+    prediction = place(facts(max_level=1), cluster(full)).prediction
     assert prediction.tpot_s == pytest.approx((0.010 + 7 * 0.001) * 9 / 8)
     assert prediction.ttft_s == pytest.approx(0.1 + prediction.tpot_s)
     assert prediction.finish_s(28) == pytest.approx(prediction.ttft_s + 27 * prediction.tpot_s)
+
+
+RUNNING = Work(level=3, num_prompt_tokens=100, max_tokens=28, tpot_s=0.015)
+
+
+def test_others_are_counted_on_to_go_down_before_it_is_refused() -> None:
+    """Beside a row of level 3 a token takes 31 ms, beside one of level 1 11 ms."""
+    state = decode(num_running=(0, 0, 1), placed=(RUNNING,), tpot_s=0.015)
+    for request in (facts(), facts(tpot_s=0.012)):
+        placement = place(request, cluster(state))
+        assert placement.level == 1
+        assert placement.prediction.tpot_s == pytest.approx(0.011)
+    pinned = replace(state, placed=(replace(RUNNING, min_level=3),))
+    with pytest.raises(ResourceExhausted):
+        place(facts(tpot_s=0.012), cluster(pinned))
+    with pytest.raises(ResourceExhausted):
+        place(facts(min_level=2), cluster(state))
+    elsewhere = place(facts(), cluster(state, decode("d1")))
+    assert (elsewhere.decode.worker_id, elsewhere.level) == ("d1", 3)
+
+
+def test_what_the_lowest_level_cannot_keep_is_refused_with_what_was_predicted() -> None:
+    busy = decode(num_running=(0, 0, 1))
+    late = facts(tpot_s=0.030, min_level=1)
+    with pytest.raises(ResourceExhausted, match=r"at level 1, .* 131 ms .* 31 ms") as error:
+        place(late, cluster(busy))
+    assert error.value.retry_after_s > 0
+    assert place(replace(late, is_begun=True), cluster(busy)).level == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "says"),
+    [
+        ("tpot_s", 0.009, r"tpot_ms: 9.0 .* 10 or more, predicted of an idle worker at level 1"),
+        ("ttft_s", 0.100, r"ttft_ms: 100.0 .* 110 or more, predicted of an idle worker"),
+    ],
+)
+def test_a_target_that_no_idle_worker_could_keep(target: str, value: float, says: str) -> None:
+    state = decode(num_running=(4, 0, 1), num_waiting=2)
+    impossible = facts(**{target: value})
+    own = replace(impossible, own_targets=frozenset({target.replace("_s", "_ms")}))
+    with pytest.raises(InvalidArgument, match=says):
+        place(own, cluster(state))
+    assert place(impossible, cluster(state)).level == 1, "the class's: served as well as can be"
+
+
+@pytest.mark.parametrize(
+    ("level", "bounds", "expected"), [(2, (1, 3), 2), (2, (3, 3), 3), (3, (1, 2), 2)]
+)
+def test_a_fixed_level_heeds_bounds_and_no_targets(
+    level: int, bounds: tuple[int, int], expected: int
+) -> None:
+    low, high = bounds
+    request = facts(min_level=low, max_level=high, tpot_s=0.001, ttft_s=0.001)
+    fast = decode("d1", step_cost=StepCost((0.009,) * 3, (0.001,) * 3))
+    placement = fixed_level(level)(request, cluster(decode("d0"), fast))
+    assert (placement.level, placement.decode.worker_id) == (expected, "d1")
+
+
+def test_aggregated_workers_compute_their_prompts() -> None:
+    placement = aggregated(facts(), cluster(decode(), prefill()))
+    assert placement.prefill == ()
+    assert placement.prediction.ttft_s == pytest.approx(0.1 + 0.03)
+
+
+def test_the_config_names_the_policy() -> None:
+    assert make_policy(RouterConfig()) is place
+    assert make_policy(RouterConfig(policy="aggregated")) is aggregated
+    fixed = make_policy(RouterConfig(policy="fixed_level", fixed_level=2))
+    assert fixed(facts(), cluster(decode())).level == 2
 
 
 def test_without_room_here_the_request_goes_there() -> None:
@@ -148,14 +244,35 @@ def test_prefill_workers_in_order_of_their_queues() -> None:
         facts(),
         cluster(
             decode(),
-            prefill("p0", num_queued_tokens=500),
+            prefill("p0", queued_s=0.05, num_waiting=1),
             prefill("p1", num_outstanding_tokens=100),
-            prefill("p2", num_queued_tokens=1000, tokens_per_s=100_000.0),
-            prefill("p3", num_queued_tokens=900),
+            prefill("p2", queued_s=0.04, num_running=3, num_matched_tokens=90),
+            prefill("p3", queued_s=0.09, num_waiting=1, num_matched_tokens=90),
+            prefill("p4", queued_s=0.09, num_running=2),
         ),
     )
-    assert [m.worker_id for m in placement.prefill] == ["p1", "p2", "p0"]
-    assert placement.prediction.ttft_s == pytest.approx(0.01 + 0.01 + 0.03)
+    # 10 ms of its own, or 1 ms of what is not cached; shared passes: as much for each other.
+    assert [m.worker_id for m in placement.prefill] == ["p2", "p1", "p4"]
+    assert placement.prediction.ttft_s == pytest.approx(0.001 + 3 * 0.001 + 0.03)
+
+
+@pytest.mark.parametrize(
+    ("cost", "num_matched", "prompt_s"),
+    [
+        (TransferCost(call_s=0.002), 0, 0.002 + 0.010),
+        (TransferCost(call_s=0.002, token_s=0.0002), 0, 0.002 + 0.020),  # longer than computing
+        (TransferCost(call_s=0.002, token_s=0.0002), 60, 0.002 + 0.010),
+        (TransferCost(call_s=0.002, token_s=0.01), 0, 0.1),  # sooner computed here
+        (TransferCost(call_s=0.002), 99, 0.001),
+        (TransferCost(call_s=0.002), 100, 0.0),
+    ],
+)
+def test_a_prompt_is_there_once_computed_and_shipped(
+    cost: TransferCost, num_matched: int, prompt_s: float
+) -> None:
+    state = decode(transfer_cost=cost, num_matched_tokens=num_matched)
+    placement = place(facts(), cluster(state, prefill()))
+    assert placement.prediction.ttft_s == pytest.approx(prompt_s + 0.03)
 
 
 DECODE_STATES = st.builds(
@@ -179,13 +296,20 @@ DECODE_STATES = st.builds(
 TARGETS = st.none() | st.floats(0.001, 1.0)
 
 
+def breaks_targets(request: RequestFacts, state: DecodeState, level: int) -> bool:
+    prediction = Offers(request, ()).at(state, level).prediction
+    tpots = [t for t in (request.tpot_s, state.tpot_s) if t is not None]
+    is_late = request.ttft_s is not None and prediction.ttft_s > request.ttft_s
+    return is_late or any(prediction.tpot_s > t for t in tpots)
+
+
 @given(
     st.lists(DECODE_STATES, min_size=1, max_size=4),
     st.tuples(st.integers(1, 3), st.integers(1, 3)).map(lambda pair: tuple(sorted(pair))),
     TARGETS,
     TARGETS,
 )
-def test_any_request_is_served_within_its_bounds_or_has_no_room(
+def test_any_request_is_served_within_its_bounds_or_no_level_would_do(
     states: list[DecodeState], bounds: tuple[int, int], ttft_s: float | None, tpot_s: float | None
 ) -> None:
     low, high = bounds
@@ -194,15 +318,19 @@ def test_any_request_is_served_within_its_bounds_or_has_no_room(
     try:
         placement = place(request, cluster(*states))
     except ResourceExhausted:
-        # The level has no part in it: what a lower level could serve is never refused.
-        assert not has_room
-        with pytest.raises(ResourceExhausted):
-            place(replace(request, min_level=1), cluster(*states))
+        for state in (s for s in states if num_free_pages(s) >= 8):
+            for level in range(low, high + 1):
+                assert breaks_targets(request, state, level)
+        if has_room:
+            assert place(replace(request, is_begun=True), cluster(*states)).level == low
+            without = [replace(state, tpot_s=None) for state in states]
+            free = replace(request, ttft_s=None, tpot_s=None)
+            assert place(free, cluster(*without)).level == high
         return
     assert has_room
     assert low <= placement.level <= high
-    chosen = next(s for s in states if s.member == placement.decode and num_free_pages(s) >= 8)
-    assert num_free_pages(chosen) >= 8
+    chosen = [s for s in states if s.member == placement.decode]
+    assert any(num_free_pages(state) >= 8 for state in chosen)
     if ttft_s is None and tpot_s is None and all(s.tpot_s is None for s in states):
         assert placement.level == high
 
@@ -210,5 +338,5 @@ def test_any_request_is_served_within_its_bounds_or_has_no_room(
 @given(DECODE_STATES, st.floats(0.001, 0.1))
 def test_a_looser_target_never_lowers_the_level(state: DecodeState, tpot_s: float) -> None:
     roomy = replace(state, status=replace(state.status, num_free_pages=64), outstanding=())
-    strict = place(facts(tpot_s=tpot_s), cluster(roomy)).level
-    assert place(facts(tpot_s=tpot_s * 2), cluster(roomy)).level >= strict
+    strict = place(facts(tpot_s=tpot_s, is_begun=True), cluster(roomy)).level
+    assert place(facts(tpot_s=tpot_s * 2, is_begun=True), cluster(roomy)).level >= strict

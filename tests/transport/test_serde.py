@@ -18,6 +18,7 @@ from colm_serve.core import (
     KvLayout,
     Logprobs,
     MoveLevel,
+    PrefillCost,
     PrefillPeer,
     PrefillRequest,
     PrefillStatus,
@@ -25,6 +26,7 @@ from colm_serve.core import (
     StageTimings,
     StepCost,
     TokenLogprob,
+    TransferCost,
 )
 from colm_serve.errors import InvalidArgument
 from colm_serve.grammar import Grammar, GrammarKind
@@ -87,12 +89,14 @@ decode_statuses = st.builds(
     max_rows=uint32, num_waiting=uint32, num_running=st.lists(uint32, max_size=4).map(tuple),
     num_free_pages=uint32, num_pages=uint32, page_size=uint32, step_cost=step_costs,
     prefill_tokens_per_s=seconds, expected_output_tokens=uint32, num_preemptions=uint64,
-    num_drafted=uint64, num_accepted=uint64,
+    num_drafted=uint64, num_accepted=uint64, num_attended=st.lists(uint64, max_size=4).map(tuple),
+    transfer_cost=st.builds(TransferCost, seconds, seconds),
 )  # fmt: skip
 prefill_statuses = st.builds(
     PrefillStatus, worker_id=st.text(), epoch=uint64, kv_identity=st.text(), num_running=uint32,
-    num_waiting=uint32, num_queued_tokens=uint32, tokens_per_s=seconds, num_free_pages=uint32,
+    num_waiting=uint32, num_queued_tokens=uint32, queued_s=seconds, num_free_pages=uint32,
     num_pages=uint32, num_computed_tokens=uint64, num_cached_tokens=uint64,
+    cost=st.builds(PrefillCost, seconds, seconds, seconds, uint32),
 )  # fmt: skip
 
 

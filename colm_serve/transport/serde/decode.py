@@ -13,6 +13,7 @@ from colm_serve.core import (
     PrefillPeer,
     ScoredPrompt,
     StepCost,
+    TransferCost,
 )
 from colm_serve.errors import InvalidArgument
 from colm_serve.proto.colm.v1 import decode_pb2
@@ -156,6 +157,9 @@ def decode_status_to_proto(status: DecodeStatus) -> decode_pb2.DecodeStatus:
         cached_token_s=status.step_cost.cached_token_s,
         num_drafted=status.num_drafted,
         num_accepted=status.num_accepted,
+        num_attended=status.num_attended,
+        transfer_call_s=status.transfer_cost.call_s,
+        transfer_token_s=status.transfer_cost.token_s,
     )
 
 
@@ -182,4 +186,6 @@ def decode_status_from_proto(message: decode_pb2.DecodeStatus) -> DecodeStatus:
         num_preemptions=message.num_preemptions,
         num_drafted=message.num_drafted,
         num_accepted=message.num_accepted,
+        num_attended=tuple(message.num_attended),
+        transfer_cost=TransferCost(message.transfer_call_s, message.transfer_token_s),
     )

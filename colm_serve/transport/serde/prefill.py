@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from colm_serve.core import PrefillRequest, PrefillStatus, SegmentName
+from colm_serve.core import PrefillCost, PrefillRequest, PrefillStatus, SegmentName
 from colm_serve.proto.colm.v1 import prefill_pb2
 from colm_serve.transport.serde.common import layout_from_proto, layout_to_proto
 
@@ -57,7 +57,11 @@ def prefill_status_to_proto(status: PrefillStatus) -> prefill_pb2.PrefillStatus:
         num_running=status.num_running,
         num_waiting=status.num_waiting,
         num_queued_tokens=status.num_queued_tokens,
-        tokens_per_s=status.tokens_per_s,
+        queued_s=status.queued_s,
+        pass_s=status.cost.pass_s,
+        token_s=status.cost.token_s,
+        attended_key_s=status.cost.attended_key_s,
+        chunk_tokens=status.cost.chunk_tokens,
         num_free_pages=status.num_free_pages,
         num_pages=status.num_pages,
         num_computed_tokens=status.num_computed_tokens,
@@ -73,7 +77,13 @@ def prefill_status_from_proto(message: prefill_pb2.PrefillStatus) -> PrefillStat
         num_running=message.num_running,
         num_waiting=message.num_waiting,
         num_queued_tokens=message.num_queued_tokens,
-        tokens_per_s=message.tokens_per_s,
+        queued_s=message.queued_s,
+        cost=PrefillCost(
+            pass_s=message.pass_s,
+            token_s=message.token_s,
+            attended_key_s=message.attended_key_s,
+            chunk_tokens=message.chunk_tokens,
+        ),
         num_free_pages=message.num_free_pages,
         num_pages=message.num_pages,
         num_computed_tokens=message.num_computed_tokens,

@@ -67,27 +67,35 @@ class PrefillStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class PrefillStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "kv_identity", "num_running", "num_waiting", "num_queued_tokens", "tokens_per_s", "num_free_pages", "num_pages", "num_computed_tokens", "num_cached_tokens")
+    __slots__ = ("worker_id", "epoch", "kv_identity", "num_running", "num_waiting", "num_queued_tokens", "queued_s", "num_free_pages", "num_pages", "num_computed_tokens", "num_cached_tokens", "pass_s", "token_s", "attended_key_s", "chunk_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KV_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PASS_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    ATTENDED_KEY_S_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     kv_identity: str
     num_running: int
     num_waiting: int
     num_queued_tokens: int
-    tokens_per_s: float
+    queued_s: float
     num_free_pages: int
     num_pages: int
     num_computed_tokens: int
     num_cached_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_identity: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
+    pass_s: float
+    token_s: float
+    attended_key_s: float
+    chunk_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_identity: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., queued_s: _Optional[float] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., pass_s: _Optional[float] = ..., token_s: _Optional[float] = ..., attended_key_s: _Optional[float] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""Models of how long work takes, fitted to the work as it is done."""

@@ -1,0 +1,123 @@
+"""What a decode worker has for a request: a level, and what it gets there. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from colm_serve.errors import InvalidArgument, ResourceExhausted
+from colm_serve.router.facts import Placement, RequestFacts
+from colm_serve.router.latency_model import (
+    Load,
+    Prediction,
+    idle_prediction,
+    prefilled_s,
+    prompt_s,
+)
+from colm_serve.router.room import RETRY_AFTER_S
+from colm_serve.router.snapshot import DecodeState, PrefillState
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A level at a decode worker; whether this request's targets and the others' are kept there.
+
+    If it `lowers_others`, that takes moving those that run there to the lowest level they may.
+    """
+
+    state: DecodeState
+    level: int
+    prediction: Prediction
+    is_kept: bool = True
+    lowers_others: bool = False
+
+    def rank(self, max_tokens: int) -> tuple[bool, int, bool, float, int, str]:
+        """The least is the best: kept targets, then the level, then the finish."""
+        finish_s = self.prediction.finish_s(max_tokens)
+        load, worker_id = len(self.state.outstanding), self.state.member.worker_id
+        return (not self.is_kept, -self.level, self.lowers_others, finish_s, load, worker_id)
+
+
+class Offers:
+    """What decode workers have for one request, whose prompt comes from `prefill`, in order."""
+
+    def __init__(self, request: RequestFacts, prefill: Sequence[PrefillState]) -> None:
+        self._request = request
+        self._prefill = prefill
+        num_prompt = len(request.prompt)
+        self._prefilled_s = prefilled_s(prefill[0], num_prompt) if prefill else None
+
+    def at(self, state: DecodeState, level: int) -> Offer:
+        """This level, whatever becomes of the targets."""
+        tpots = Load.of(state).tpot_s_with(state.status, self._request.num_attended)
+        return Offer(state, level, self._prediction(self._prompt_s(state), tpots[level - 1]))
+
+    def highest(self, state: DecodeState) -> Offer:
+        """The highest level at which the worker keeps all targets, else the request's lowest."""
+        request, load, first_s = self._request, Load.of(state), self._prompt_s(state)
+        tpots = load.tpot_s_with(state.status, request.num_attended)
+        for level in range(request.max_level, request.min_level - 1, -1):
+            prediction = self._prediction(first_s, tpots[level - 1])
+            if self._keeps(state, prediction) and self._is_done_in_time(prediction):
+                return Offer(state, level, prediction)
+        tpots = load.lowered(state.placed).tpot_s_with(state.status, request.num_attended)
+        prediction = self._prediction(first_s, tpots[request.min_level - 1])
+        is_kept = self._keeps(state, prediction)
+        return Offer(state, request.min_level, prediction, is_kept, lowers_others=True)
+
+    def place(self, offer: Offer) -> Placement:
+        workers = tuple(state.member for state in self._prefill)
+        return Placement(offer.state.member, workers, offer.level, offer.prediction)
+
+    def refuse(self, offers: Sequence[Offer]) -> None:
+        """No offer keeps the targets; those of its class may be out of reach of idle workers too.
+
+        Such a class's requests are served, as waiting would not help them.
+
+        Raises:
+            InvalidArgument: a target that the request names is out of reach.
+            ResourceExhausted: all could be kept were there less to do.
+        """
+        request, level = self._request, self._request.min_level
+        first = self._prefill[0] if self._prefill else None
+        idle = [
+            idle_prediction(o.state, first, level, len(request.prompt), request.num_attended)
+            for o in offers
+        ]
+        for field, target_s, least_s in (
+            ("ttft_ms", request.ttft_s, min(prediction.ttft_s for prediction in idle)),
+            ("tpot_ms", request.tpot_s, min(prediction.tpot_s for prediction in idle)),
+        ):
+            if target_s is not None and target_s < least_s:
+                if field not in request.own_targets:
+                    return
+                allowed = f"{least_s * 1000:.4g} or more, predicted of an idle worker at level"
+                raise InvalidArgument(field, target_s * 1000, f"{allowed} {level}")
+        best = min(offers, key=lambda offer: offer.rank(request.max_tokens)).prediction
+        raise ResourceExhausted(
+            f"targets would be missed even at level {level}, the lowest allowed: predicted are "
+            f"{best.ttft_s * 1000:.4g} ms to the first token, {best.tpot_s * 1000:.4g} ms for "
+            "each later one; try again later",
+            RETRY_AFTER_S,
+        )
+
+    def _prompt_s(self, state: DecodeState) -> float:
+        return prompt_s(state, self._prefilled_s, len(self._request.prompt))
+
+    def _prediction(self, first_s: float, tpot_s: float) -> Prediction:
+        return Prediction(first_s + tpot_s, tpot_s)
+
+    def _keeps(self, state: DecodeState, prediction: Prediction) -> bool:
+        """Whether this request and those already running there get what they were promised."""
+        request = self._request
+        return (
+            (request.ttft_s is None or request.age_s + prediction.ttft_s <= request.ttft_s)
+            and (request.tpot_s is None or prediction.tpot_s <= request.tpot_s)
+            and (state.tpot_s is None or prediction.tpot_s <= state.tpot_s)
+        )
+
+    def _is_done_in_time(self, prediction: Prediction) -> bool:
+        """Whether all tokens that it may have come by its deadline; its text may end before."""
+        request = self._request
+        finish_s = request.age_s + prediction.finish_s(request.max_tokens)
+        return request.deadline_s is None or finish_s <= request.deadline_s

@@ -1,0 +1,50 @@
+"""What a decode worker's own steps tell of their cost."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from colm_serve.core import StepCost
+from colm_serve.decode_worker.step_meter import MAX_PENDING, StepMeter
+from tests.helpers import GREEDY, decode_service, make_prompt, prefill_service
+from tests.worker_clients import decode_client
+
+MEASURED = StepCost((0.004, 0.002, 0.003), (0.0002, 0.0001, 0.0001))
+
+
+def test_a_meter_keeps_the_first_steps_until_it_is_asked() -> None:
+    meter = StepMeter(MEASURED)
+    expected = 2 * MEASURED.step_s((2, 1, 1))
+    for _ in range(MAX_PENDING):
+        meter.note([(3, 10), (1, 10)], expected)
+    for _ in range(1000):
+        meter.note([(3, 10), (1, 10)], 1000.0)
+    cost = meter.cost()
+    assert cost.step_s((2, 1, 1)) == pytest.approx(expected, rel=0.02)
+    assert meter.cost() == cost, "there is nothing new"
+
+
+async def test_a_status_follows_what_a_worker_does(folder: Path) -> None:
+    """Blocks that sleep make steps and passes slower than they were measured at the start."""
+
+    def pause() -> None:
+        time.sleep(0.002)
+
+    with (
+        prefill_service(folder, before_block=pause) as (prefill, prefill_worker),
+        decode_service(folder, before_block=pause) as (service, worker),
+    ):
+        first, first_pass = worker.status(), prefill_worker.status()
+        async with decode_client(service.address, worker.kv_identity) as client:
+            for seed in range(3):
+                prompt = make_prompt(200, seed=seed)
+                await client.generate(prompt, 3, GREEDY, (prefill.address,))
+                status = await client.status()
+            now_pass = prefill_worker.status()
+    assert status.step_cost.step_s((1, 1, 1)) > first.step_cost.step_s((1, 1, 1)) + 0.001
+    assert status.transfer_cost.call_s > 0
+    assert now_pass.cost.seconds(0, 200) > first_pass.cost.seconds(0, 200) + 0.001
+    assert now_pass.queued_s == 0
