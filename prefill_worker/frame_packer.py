@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 from colm_serve.core import PrefillRequest
 from colm_serve.kv.pool import BlockTable
-from colm_serve.prefill_worker.scheduler import PrefillJob
+from colm_serve.prefill_worker.job import PrefillJob
 from colm_serve.prefill_worker.worker import (
     Accepted,
     LayerDone,

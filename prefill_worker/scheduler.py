@@ -12,49 +12,15 @@ own number of pages in all, then everybody behind it waits. So none starves.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from colm_serve.core import PrefillRequest
 from colm_serve.errors import InvalidArgument, ResourceExhausted
-from colm_serve.kv.ledger import PageLedger
-from colm_serve.kv.prefix_cache import PrefixCache
+from colm_serve.prefill_worker.job import PrefillJob
+from colm_serve.prefill_worker.pages import JobPages
 
 #: So many passes' worth of tokens may wait for a job's receiver; beyond it others come first.
 MAX_UNSENT_PASSES = 4
-
-
-@dataclass(eq=False)
-class PrefillJob:
-    """One prompt on its way through chain 1; the first `num_computed` tokens are through.
-
-    The first `num_cached` of them were in the prefix cache when it got its pages, and its
-    receiver has those before `num_sent`. `num_overtaking_pages` went to later jobs before.
-    """
-
-    request: PrefillRequest
-    deadline: float | None = None
-    pages: tuple[int, ...] = ()
-    block_digests: list[bytes] = field(default_factory=list)
-    num_cached: int = 0
-    num_computed: int = 0
-    num_sent: int = 0
-    num_overtaking_pages: int = 0
-    is_cancelled: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.request.tokens)
-
-    @property
-    def num_left(self) -> int:
-        """Tokens still to be computed."""
-        return self.num_tokens - self.num_computed
-
-    @property
-    def num_unsent(self) -> int:
-        """Computed tokens that the receiver wants and has not taken yet."""
-        return max(0, self.num_computed - max(self.num_sent, self.request.ship_from))
 
 
 @dataclass(frozen=True)
@@ -72,18 +38,8 @@ class PrefillScheduler:
     so a slow receiver costs pages, never compute time.
     """
 
-    def __init__(
-        self,
-        ledger: PageLedger,
-        *,
-        page_size: int,
-        chunk_tokens: int,
-        max_queued: int,
-        cache_root: bytes,
-    ) -> None:
-        self._ledger = ledger
-        self._cache = PrefixCache(ledger, page_size, cache_root)
-        self._page_size = page_size
+    def __init__(self, pages: JobPages, *, chunk_tokens: int, max_queued: int) -> None:
+        self._pages = pages
         self._chunk_tokens = chunk_tokens
         self._max_queued = max_queued
         self._waiting: OrderedDict[PrefillJob, None] = OrderedDict()
@@ -130,8 +86,8 @@ class PrefillScheduler:
             InvalidArgument: the prompt would not fit even into an empty pool.
             ResourceExhausted: the queue is full.
         """
-        if self._cache.num_pages(len(request.tokens)) > self._ledger.num_pages:
-            limit = self._ledger.num_pages * self._page_size
+        if self._pages.pages_for(len(request.tokens)) > self._pages.num_pages:
+            limit = self._pages.num_pages * self._pages.page_size
             raise InvalidArgument("token_ids", f"{len(request.tokens)} tokens", f"up to {limit}")
         if len(self._waiting) >= self._max_queued:
             raise ResourceExhausted(f"{self._max_queued} prompts are already waiting")
@@ -178,7 +134,7 @@ class PrefillScheduler:
         for chunk in chunks:
             if is_computed:
                 chunk.job.num_computed += chunk.num_tokens
-                self._publish(chunk)
+                self._pages.publish(chunk.job, chunk.num_tokens)
             if chunk.job.is_cancelled:
                 self._drop(chunk.job)
         self._start_waiting()
@@ -191,10 +147,8 @@ class PrefillScheduler:
             self._start_waiting()
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless the ledger is sound and idle when there are no jobs."""
-        self._ledger.check_integrity()
-        held = {page for job in self._running for page in job.pages}
-        assert len(held) + self._ledger.num_free == self._ledger.num_pages, "pages were lost"
+        """Raise AssertionError unless the pages are sound, and free when there are no jobs."""
+        self._pages.check_integrity(self._running)
 
     def _share(self, jobs: list[PrefillJob], num_tokens: dict[PrefillJob, int], budget: int) -> int:
         """Add equal shares of a budget to the jobs' tokens; returns what was given out.
@@ -213,23 +167,11 @@ class PrefillScheduler:
             left -= share
         return budget - left
 
-    def _publish(self, chunk: ScheduledChunk) -> None:
-        """Let later prompts find the blocks that the chunk has completed."""
-        job = chunk.job
-        first_block = (job.num_computed - chunk.num_tokens) // self._page_size
-        digests = self._digests(job, job.num_computed, first_block)
-        self._cache.publish(job.pages[first_block:], digests)
-
-    def _digests(self, job: PrefillJob, num_tokens: int, first_block: int = 0) -> Iterator[bytes]:
-        salt, known = job.request.cache_salt, job.block_digests
-        return self._cache.digests(job.request.tokens, num_tokens, salt, known, first_block)
-
     def _drop(self, job: PrefillJob) -> None:
         self._waiting.pop(job, None)
         if job in self._running:
             del self._running[job]
-            self._ledger.release(job.pages)
-            job.pages = ()
+            self._pages.release(job)
         if job in self._started:
             self._started.remove(job)
 
@@ -237,24 +179,20 @@ class PrefillScheduler:
         """Give pages to the waiting jobs that there are pages for and that may have them now."""
         passed_over: list[PrefillJob] = []
         for job in list(self._waiting):
-            num_pages = self._cache.num_pages(job.num_tokens)
+            num_pages = self._pages.pages_for(job.num_tokens)
             is_due = all(self._may_be_overtaken(other, num_pages) for other in passed_over)
-            if is_due and self._start(job, num_pages):
+            if is_due and self._start(job):
                 for other in passed_over:
                     other.num_overtaking_pages += num_pages
             else:
                 passed_over.append(job)
 
     def _may_be_overtaken(self, job: PrefillJob, num_pages: int) -> bool:
-        return job.num_overtaking_pages + num_pages <= self._cache.num_pages(job.num_tokens)
+        return job.num_overtaking_pages + num_pages <= self._pages.pages_for(job.num_tokens)
 
-    def _start(self, job: PrefillJob, num_pages: int) -> bool:
+    def _start(self, job: PrefillJob) -> bool:
         """Give a job its pages; False if they are not free."""
-        try:
-            job.pages, job.num_cached = self._cache.take(
-                self._digests(job, job.num_tokens), num_pages
-            )
-        except ResourceExhausted:
+        if not self._pages.take(job):
             return False
         job.num_computed = job.num_cached
         self.num_cached_tokens += job.num_cached

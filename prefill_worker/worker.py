@@ -23,7 +23,9 @@ from colm_serve.kv.pool import BlockTable
 from colm_serve.latency.prefill_fit import PrefillFit
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.serving import ServingModel
-from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, ScheduledChunk
+from colm_serve.prefill_worker.job import PrefillJob
+from colm_serve.prefill_worker.pages import LedgerPages
+from colm_serve.prefill_worker.scheduler import PrefillScheduler, ScheduledChunk
 from colm_serve.transport.codecs import get_codec
 
 
@@ -95,11 +97,9 @@ class PrefillWorker:
         self._worker_id = worker_id
         self._ledger = PageLedger(config.num_pages)
         self._scheduler = PrefillScheduler(
-            self._ledger,
-            page_size=config.page_size,
+            LedgerPages(self._ledger, config.page_size, loaded.kv_identity.encode()),
             chunk_tokens=config.chunk_tokens,
             max_queued=config.max_queued,
-            cache_root=loaded.kv_identity.encode(),
         )
         self._watches: dict[PrefillJob, _Watch] = {}
         self._tables: dict[PrefillJob, BlockTable] = {}

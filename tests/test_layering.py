@@ -38,6 +38,8 @@ PURE = (
     "latency/step_fit.py",
     "kv/ledger.py",
     "kv/prefix_cache.py",
+    "prefill_worker/job.py",
+    "prefill_worker/pages.py",
     "prefill_worker/scheduler.py",
     "decode_worker/codec_choice.py",
     "decode_worker/pages.py",

@@ -29,7 +29,7 @@ from colm_serve.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from colm_serve.prefill_worker.scheduler import PrefillJob
+from colm_serve.prefill_worker.job import PrefillJob
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.proto.colm.v1 import decode_pb2
 from colm_serve.transport import kv_frames, serde

@@ -19,7 +19,9 @@ from hypothesis.stateful import (
 from colm_serve.core import KvLayout, PrefillRequest
 from colm_serve.errors import InvalidArgument, ResourceExhausted
 from colm_serve.kv.ledger import PageLedger
-from colm_serve.prefill_worker.scheduler import PrefillJob, PrefillScheduler, ScheduledChunk
+from colm_serve.prefill_worker.job import PrefillJob
+from colm_serve.prefill_worker.pages import LedgerPages
+from colm_serve.prefill_worker.scheduler import PrefillScheduler, ScheduledChunk
 
 LAYOUT = KvLayout(1, 1, 1, "float32")
 PAGE_SIZE = 4
@@ -40,11 +42,9 @@ def make_scheduler(
     num_pages: int = 64, chunk_tokens: int = 12, max_queued: int = 4
 ) -> PrefillScheduler:
     return PrefillScheduler(
-        PageLedger(num_pages),
-        page_size=PAGE_SIZE,
+        LedgerPages(PageLedger(num_pages), PAGE_SIZE, b"weights"),
         chunk_tokens=chunk_tokens,
         max_queued=max_queued,
-        cache_root=b"weights",
     )
 
 

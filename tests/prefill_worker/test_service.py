@@ -26,7 +26,7 @@ from colm_serve.errors import (
     ResourceExhausted,
 )
 from colm_serve.prefill_worker import frame_packer
-from colm_serve.prefill_worker.scheduler import PrefillJob
+from colm_serve.prefill_worker.job import PrefillJob
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.transport import kv_frames
 from colm_serve.transport.kv_frames import MESSAGE
