@@ -1,4 +1,4 @@
-"""The `colm` command: serve, generate, status, train, eval, search-patterns, demo."""
+"""The `colm` command: serve, generate, status, simulate, train, eval, search-patterns, demo."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from colm_serve.config import ClusterConfig
 from colm_serve.demo import run_demo
 from colm_serve.errors import ColmError
 from colm_serve.pattern_search import patterns_table, write_pattern_file
+from colm_serve.simulate.command import run_simulation
+from colm_serve.simulate.report import outcome_table, write_outcome
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.report import evaluate_folder
 from colm_serve.training.trainer import train as run_training
@@ -123,6 +125,38 @@ def status(address: Address = "127.0.0.1:50051", api_key: ApiKey = None) -> None
             f"{worker.num_free_pages} of {worker.num_pages}",
         )
     console.print(table)
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(help="A cluster's YAML file.")],
+    trace: Annotated[
+        Path, typer.Argument(help="Mooncake's JSONL, or the YAML of a synthetic trace.")
+    ],
+    costs: Annotated[
+        Path | None, typer.Option(help="Measured costs; default: costs.json beside CONFIG.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="What chooses workers and levels.")] = "adaptive",
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers; default: CONFIG's.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers; default: CONFIG's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another draw of a synthetic trace.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for JSON and plots.")] = None,
+) -> None:
+    """Play a trace against a cluster on a virtual clock."""
+    with console.status("simulating"):
+        outcome = run_simulation(
+            config,
+            trace,
+            costs_path=costs,
+            policy=policy,
+            num_prefill=prefill,
+            num_decode=decode,
+            seed=seed,
+        )
+    console.print(outcome_table(outcome))
+    if out is not None:
+        for path in write_outcome(outcome, out):
+            console.print(f"written to {path}")
 
 
 @app.command()

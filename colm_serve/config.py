@@ -6,7 +6,7 @@ import hashlib
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -25,6 +25,7 @@ MAX_S = 86400.0
 Seconds = Annotated[float, Field(gt=0, le=MAX_S)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Model = TypeVar("Model", bound=BaseModel)
 
 #: Begins an API key that is given by its SHA-256.
 _HASHED = "sha256:"
@@ -360,18 +361,7 @@ class ClusterConfig(_Frozen):
         Raises:
             InvalidConfig: not there, not YAML, an unknown key or a value that is not allowed.
         """
-        try:
-            raw = yaml.safe_load(path.read_text("utf-8"))
-        except OSError as error:
-            raise InvalidConfig("config", str(path), f"a readable file ({error})") from error
-        except yaml.YAMLError as error:
-            raise InvalidConfig("config", str(path), f"YAML ({error})") from error
-        if not isinstance(raw, dict):
-            raise InvalidConfig("config", str(path), "a mapping of keys to values")
-        try:
-            config = cls.model_validate(raw)
-        except ValidationError as error:
-            raise _first_problem(error) from error
+        config = load_yaml(cls, "config", path)
         return config._with_paths_from(path.parent)
 
 
@@ -387,6 +377,26 @@ def is_loopback(key: str, host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError as error:
         raise InvalidConfig(key, host, "localhost or an IP address") from error
+
+
+def load_yaml(model: type[Model], name: str, path: Path) -> Model:
+    """Read and check a YAML file; errors call the file `name`.
+
+    Raises:
+        InvalidConfig: not there, not YAML, an unknown key or a value that is not allowed.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(name, str(path), f"a readable file ({error})") from error
+    except yaml.YAMLError as error:
+        raise InvalidConfig(name, str(path), f"YAML ({error})") from error
+    if not isinstance(raw, dict):
+        raise InvalidConfig(name, str(path), "a mapping of keys to values")
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise _first_problem(error) from error
 
 
 def check_bind_address(key: str, host: str, *, has_tls: bool) -> None:

@@ -1,0 +1,67 @@
+"""One request under way at the simulated router."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from colm_serve.config import SlaClass
+from colm_serve.core import Member
+from colm_serve.router.policy import Placement, RequestFacts
+from colm_serve.router.snapshot import Work
+from colm_serve.simulate.sequence import VirtualSequence
+from colm_serve.simulate.trace import Block, TracedRequest
+
+
+@dataclass(eq=False, slots=True)
+class VirtualRequest:
+    """As `router.running.RunningRequest`; its prompt is made anew whenever it is looked at."""
+
+    request_id: str
+    traced: TracedRequest
+    sla_name: str
+    sla: SlaClass
+    num_levels: int
+    num_prompt: int
+    admission: ExitStack = field(default_factory=ExitStack)
+    refused_by: frozenset[Member] = frozenset()
+    num_attempts: int = 0
+    placement: Placement | None = None
+    sequence: VirtualSequence | None = None
+
+    @property
+    def deadline(self) -> float:
+        """Until when it may take."""
+        return self.traced.arrival_s + self.sla.deadline_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        return None if self.sla.tpot_ms is None else self.sla.tpot_ms / 1e3
+
+    def remaining_ttft_s(self, now: float) -> float | None:
+        """Seconds until the first token is due, if there is a target."""
+        if self.sla.ttft_ms is None:
+            return None
+        return max(0.0, self.traced.arrival_s + self.sla.ttft_ms / 1e3 - now)
+
+    def facts(self) -> RequestFacts:
+        return RequestFacts(
+            prompt=self.traced.prompt(),
+            max_tokens=self.traced.num_output_tokens,
+            min_level=self.sla.min_level,
+            max_level=self.sla.max_level or self.num_levels,
+            ttft_s=None if self.sla.ttft_ms is None else self.sla.ttft_ms / 1e3,
+            tpot_s=self.tpot_s,
+            refused_by=self.refused_by,
+        )
+
+    def work(self, placement: Placement) -> Work:
+        """What it costs its decode worker."""
+        max_tokens = self.traced.num_output_tokens
+        return Work(placement.level, self.num_prompt, max_tokens, self.tpot_s)
+
+    def all_blocks(self) -> tuple[Block, ...]:
+        """Of its prompt, and the one of its output, which is new if no later prompt holds it."""
+        output_id = self.traced.output_id
+        output_id = -int(self.request_id) if output_id is None else output_id
+        return (*self.traced.blocks, Block(output_id, self.traced.num_output_tokens))
