@@ -10,9 +10,12 @@ KV is taken off. A million tokens attend to the first 1,024 and the last 4,096 (
 from __future__ import annotations
 
 import argparse
+import ctypes
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from colm_serve.model.transformer import ColmModel
 
 WIDE = replace(DENSE, chains=(8, 8, 8, 8), tie_embeddings=True)
 LENGTHS = (8192, 32768, 131072)
+RESIDENT, PEAK = "resident", "peak"
 SPARSE_LENGTH = 1024 * 1024
 A_SHAPE = AShape(1024, 4096)
 SMALL = ColmConfig(
@@ -42,9 +46,9 @@ SMALL = ColmConfig(
 
 def resident_weights(wide: Path, small: Path) -> list[Row]:
     file_mb = chain_path(wide, 1).stat().st_size / 1e6
-    base = _measured_mb("RssAnon", small, 1, PAGE_SIZE)
+    base = _measured_mb(RESIDENT, small, 1, PAGE_SIZE)
     chain_1, whole = (
-        _measured_mb("RssAnon", wide, num_chains, PAGE_SIZE) - base
+        _measured_mb(RESIDENT, wide, num_chains, PAGE_SIZE) - base
         for num_chains in (1, WIDE.num_chains)
     )
     return [
@@ -60,10 +64,10 @@ def resident_weights(wide: Path, small: Path) -> list[Row]:
 
 def peak_by_length(small: Path) -> list[Row]:
     per_token = 2 * SMALL.num_layers * SMALL.num_kv_heads * SMALL.head_dim * 4 / 1e6
-    base = _measured_mb("VmHWM", small, 1, PAGE_SIZE)
+    base = _measured_mb(PEAK, small, 1, PAGE_SIZE)
     rows, peaks = [], []
     for num_tokens in (*LENGTHS, SPARSE_LENGTH):
-        peak = _measured_mb("VmHWM", small, 1, num_tokens) - base
+        peak = _measured_mb(PEAK, small, 1, num_tokens) - base
         peaks.append(peak - (num_tokens - PAGE_SIZE) * per_token)
         name = f"peak beyond the KV, {num_tokens} tokens"
         rows.append(Row.of(name, [peaks[-1]], "MB", "lower"))
@@ -82,7 +86,7 @@ def _measured_mb(field: str, folder: Path, num_chains: int, num_tokens: int) -> 
 
 
 def print_memory(field: str, folder: Path, num_chains: int, num_tokens: int) -> None:
-    """Load so many chains, prefill so many tokens, print a field of this process's status in MB."""
+    """Load so many chains, prefill so many tokens, print what that took of memory in MB."""
     loaded = load_for_serving(folder, num_chains=num_chains, with_head=num_chains > 1)
     pool = make_pool(loaded, num_tokens // PAGE_SIZE, PAGE_SIZE)
     table = pool.table(range(pool.num_pages))
@@ -90,14 +94,31 @@ def print_memory(field: str, folder: Path, num_chains: int, num_tokens: int) -> 
     config = loaded.model.config
     selectors = [[A_SHAPE] * config.heads_per_chain[0]] * config.num_layers
     sparsity = SelectedSparsity(selectors, min_tokens=SPARSE_LENGTH)
+    run_prefill(loaded.model, pool, [PrefillChunk([0] * PAGE_SIZE, 0, table)])
+    # From here on: to compile the kernels takes more memory than they do.
+    peaks = [0.0]
+    threading.Thread(target=_watch, args=(peaks,), daemon=True).start()
     for start in range(0, num_tokens, chunk_tokens):
         length = min(chunk_tokens, num_tokens - start)
         chunk = PrefillChunk([0] * length, start, table, num_tokens)
         run_prefill(loaded.model, pool, [chunk], sparsity=sparsity)
-    # Not getrusage: its maximum survives exec, so a child would report its parent's.
+    # What compiling has freed, one process has reused and the other has not.
+    ctypes.CDLL(None).malloc_trim(0)
+    print(_memory_mb("RssAnon") if field == RESIDENT else max(peaks[0], _memory_mb("VmRSS")))
+
+
+def _watch(peaks: list[float]) -> None:
+    # Not VmHWM: it knows nothing of what has been swapped out meanwhile.
+    while True:
+        peaks[0] = max(peaks[0], _memory_mb("VmRSS"))
+        time.sleep(0.01)
+
+
+def _memory_mb(field: str) -> float:
+    """A field of this process's status, and what is in swap."""
     status = Path("/proc/self/status").read_text("ascii")
-    kib = next(line.split()[1] for line in status.splitlines() if line.startswith(field))
-    print(int(kib) * 1024 / 1e6)
+    fields = (line.split() for line in status.splitlines() if line.startswith((field, "VmSwap")))
+    return sum(int(kib) for _, kib, _ in fields) * 1024 / 1e6
 
 
 def main() -> None:
