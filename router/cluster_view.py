@@ -132,6 +132,17 @@ class ClusterView:
                 self._rank(record)
                 self.cached(member, prompt, cache_salt)
 
+    def status_of(self, member: Member) -> WorkerStatus | None:
+        """What the worker last said of itself."""
+        record = self._records.get(member)
+        return None if record is None else record.status
+
+    def move(self, request_id: str, member: Member, level: int, *, is_pinned: bool = False) -> None:
+        """A request goes to another level; if pinned there, it is not to be moved again."""
+        if (record := self._records.get(member)) is not None:
+            record.move(request_id, level, is_pinned=is_pinned)
+            self._rank(record)
+
     def admitted(self, request_id: str, placement: Placement) -> None:
         """The workers know of the request."""
         for member in (placement.decode, *placement.prefill[:1]):

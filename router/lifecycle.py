@@ -28,6 +28,7 @@ class Lifecycle:
         self._reached: dict[Stage, float] = {}
         self._last_token_at: float | None = None
         self.token_gap_s: float | None = None
+        self._num_tokens = 0
         self.reach(Stage.RECEIVED)
 
     def reach(self, stage: Stage) -> None:
@@ -38,6 +39,7 @@ class Lifecycle:
         now = self._clock()
         self.token_gap_s = None if self._last_token_at is None else now - self._last_token_at
         self._last_token_at = now
+        self._num_tokens += 1
         self._reached.setdefault(Stage.FIRST_TOKEN, now)
 
     def has(self, stage: Stage) -> bool:
@@ -46,6 +48,19 @@ class Lifecycle:
     def age_s(self) -> float:
         """Seconds since the request was received."""
         return self._clock() - self._reached[Stage.RECEIVED]
+
+    def decode_s(self) -> float:
+        """Seconds since the first token; 0 before there is one."""
+        first = self._reached.get(Stage.FIRST_TOKEN)
+        return 0.0 if first is None else self._clock() - first
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds of each token after the first, on average; None until two have come."""
+        if self._last_token_at is None or self._num_tokens < 2:
+            return None
+        decode_s = self._last_token_at - self._reached[Stage.FIRST_TOKEN]
+        return decode_s / (self._num_tokens - 1)
 
     def between_s(self, start: Stage, end: Stage) -> float | None:
         """Seconds from one stage to another; None until both are reached."""

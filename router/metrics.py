@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from colm_serve.core import DecodeStatus
 from colm_serve.errors import ColmError, RateLimited, ResourceExhausted
 from colm_serve.router.cluster_view import ClusterView
+from colm_serve.router.latency_model import Prediction
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.request import Finished, GenerationEvent, Started, Token
 from colm_serve.transport.status import status_code
@@ -16,6 +17,7 @@ from colm_serve.transport.status import status_code
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_RATIO = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -24,6 +26,8 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        self._predicted: dict[str, Histogram] = {}
+        self._ratio: dict[str, Histogram] = {}
 
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"colm:{name}_seconds", what, buckets=buckets, registry=registry)
@@ -46,7 +50,18 @@ class Metrics:
         self._success = counter("request_success", "Finished requests.", "finished_reason")
         self._errors = counter("request_errors", "Failed requests, by gRPC status.", "code")
         self._retries = counter("request_failovers", "Attempts that another one followed.")
-        self._moves = counter("level_moves", "Level changes asked for by clients.")
+        self._moves = counter("level_moves", "Level changes in mid-text.", "why")
+        for name, what, buckets in (
+            ("ttft", "time to first token", _REQUEST_S),
+            ("tpot", "time per output token", _TOKEN_S),
+        ):
+            self._predicted[name] = histogram(f"predicted_{name}", f"Predicted {what}.", buckets)
+            self._ratio[name] = Histogram(
+                f"colm:{name}_over_predicted",
+                f"Seen {what} over that predicted when the request was placed.",
+                buckets=_RATIO,
+                registry=registry,
+            )
         self._brownouts = counter(
             "request_brownouts", "Requests started below the level of an idle cluster.", "level"
         )
@@ -88,8 +103,20 @@ class Metrics:
     def failed_over(self) -> None:
         self._retries.inc()
 
-    def level_moved(self) -> None:
-        self._moves.inc()
+    def level_moved(self, why: str) -> None:
+        """`why`: "down" or "up" by the router, "client"."""
+        self._moves.labels(why).inc()
+
+    def predicted(self, prediction: Prediction, lifecycle: Lifecycle) -> None:
+        """Compare what a finished request got with what was predicted when it was placed."""
+        ttft_s = lifecycle.between_s(Stage.PLACED, Stage.FIRST_TOKEN)
+        for name, predicted_s, seen_s in (
+            ("ttft", prediction.ttft_s, ttft_s),
+            ("tpot", prediction.tpot_s, lifecycle.tpot_s),
+        ):
+            if seen_s is not None and predicted_s > 0:
+                self._predicted[name].observe(predicted_s)
+                self._ratio[name].observe(seen_s / predicted_s)
 
     def render(self, view: ClusterView, num_running: int, num_queued: Mapping[str, int]) -> bytes:
         """Prometheus' text format, with the workers as the router knows them now.

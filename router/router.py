@@ -24,6 +24,7 @@ from colm_serve.router.cluster_status import ClusterStatus, cluster_status
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.decision import decide
 from colm_serve.router.detokenizer import Detokenizer
+from colm_serve.router.level_loop import LevelLoop
 from colm_serve.router.lifecycle import Clock, Lifecycle
 from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
@@ -85,13 +86,18 @@ class Router:
         )
         self._metrics = Metrics()
         self._running: dict[str, RunningRequest] = {}
+        is_adaptive = config.router.policy != "fixed_level"
+        moves_per_s = config.router.level_moves_per_s if is_adaptive else 0.0
+        self._levels = LevelLoop(self.view, self._running, self._metrics, clock, moves_per_s)
 
     async def update_membership(self, membership: Membership) -> None:
         """Use a newer membership; requests at workers that have left go on elsewhere."""
+        self._levels.start()
         await self._poller.update_membership(membership)
 
     async def close(self) -> None:
         """Stop polling and close every channel; nothing may be under way any more."""
+        await self._levels.stop()
         await self._poller.stop()
         await self._clients.close_all()
 
@@ -119,6 +125,8 @@ class Router:
                         async for event in events:
                             self._metrics.event(event, lifecycle)
                             yield event
+                    if running.num_attempts == 1 and running.prediction is not None:
+                        self._metrics.predicted(running.prediction, lifecycle)
                 finally:
                     ticket.num_used = running.num_used_tokens
                     self._placer.leave(running)
@@ -148,7 +156,9 @@ class Router:
             raise InvalidArgument("request_id", request_id, "the id of a request under way")
         self._validator.check_level("level", level)
         await running.set_level(level)
-        self._metrics.level_moved()
+        if running.worker is not None:
+            self.view.move(request_id, running.worker, level, is_pinned=True)
+        self._metrics.level_moved("client")
 
     @property
     def num_running(self) -> int:

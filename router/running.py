@@ -20,6 +20,8 @@ from colm_serve.core import (
 )
 from colm_serve.router.detokenizer import Detokenizer, Piece
 from colm_serve.router.facts import Placement, RequestFacts
+from colm_serve.router.latency_model import Prediction
+from colm_serve.router.level_moves import Row, step_limit_s
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.request import Finished, Started, Token, Usage
@@ -52,6 +54,9 @@ class RunningRequest:
         self.failed_at: frozenset[Member] = frozenset()
         self.is_stopped = False
         self.is_brownout = False  # served below its level because of load
+        self.prediction: Prediction | None = None
+        self._worker: Member | None = None
+        self._is_admitted = False  # by that worker
         self._model = model
         self._detokenizer = detokenizer
         self._token_bytes = token_bytes
@@ -113,6 +118,8 @@ class RunningRequest:
         """Note an attempt; returns what to ask of the decode worker, and what that costs."""
         self.num_attempts += 1
         self._level = placement.level
+        self._worker, self.prediction = placement.decode, placement.prediction
+        self._is_admitted = False
         self._num_scored_by_call = 0
         self.lifecycle.reach(Stage.PLACED)
         prompt, max_tokens = self.tokens, self._max_tokens
@@ -144,15 +151,51 @@ class RunningRequest:
         )
         return request, work
 
-    async def set_level(self, level: int) -> None:
-        """Go to a level from the next token on, and keep it through any failover."""
-        self._level, self._is_level_set = level, True
+    @property
+    def worker(self) -> Member | None:
+        """The decode worker that has it now."""
+        return None if self.call is None else self._worker
+
+    def row(self) -> Row:
+        """What its level is to be decided on; it has one once it has been placed.
+
+        It stays where it is until the worker has admitted it, and where its client has put it.
+        """
+        assert self._level is not None, "a request at a worker has been placed"
+        checked, level = self.checked, self._level
+        may_move = self._is_admitted and not self._is_level_set
+        step_s = step_limit_s(
+            tpot_s=checked.tpot_s,
+            decode_s=self.lifecycle.decode_s(),
+            num_done=max(0, len(self._output) - 1),
+            num_left=self._max_tokens,
+            remaining_s=self.remaining_s,
+        )
+        return Row(
+            request_id=self.request_id,
+            level=level,
+            min_level=checked.min_level if may_move else level,
+            max_level=checked.max_level if may_move else level,
+            num_attended=len(checked.prompt) + len(self._output),
+            step_limit_s=step_s,
+            weight=checked.weight,
+        )
+
+    async def move_level(self, level: int) -> None:
+        """Go to a level from the next token on, until it is moved again."""
+        self._level = level
         if self.call is not None:
             await self.call.move_level(level)
+
+    async def set_level(self, level: int) -> None:
+        """Go to a level from the next token on, and keep it through any failover."""
+        self._is_level_set = True
+        await self.move_level(level)
 
     def admitted(self, event: Admitted) -> Started | None:
         """The first admission is the client's start; later ones it never hears of."""
         assert self._level is not None, "a request is placed before it is admitted"
+        self._is_admitted = True
         self._num_cached = min(event.num_cached_tokens, len(self.checked.prompt))
         if self.lifecycle.has(Stage.ADMITTED):
             return None

@@ -44,6 +44,11 @@ class WorkerRecord:
         self.placed[request_id] = _Placed(work)
         self.outstanding.add(request_id)
 
+    def move(self, request_id: str, level: int, *, is_pinned: bool) -> None:
+        if (placed := self.placed.get(request_id)) is not None:
+            min_level = level if is_pinned else placed.work.min_level
+            placed.work = replace(placed.work, level=level, min_level=min_level)
+
     def admitted(self, request_id: str) -> None:
         if request_id in self.placed:
             self.placed[request_id].is_counted = True

@@ -53,6 +53,7 @@ PURE = (
     "router/facts.py",
     "router/fair_queue.py",
     "router/latency_model.py",
+    "router/level_moves.py",
     "router/level_headers.py",
     "router/offer.py",
     "router/overload.py",
