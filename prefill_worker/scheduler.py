@@ -12,6 +12,7 @@ own number of pages in all, then everybody behind it waits. So none starves.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from colm_serve.core import PrefillRequest
