@@ -136,7 +136,9 @@ def simulate(
     costs: Annotated[
         Path | None, typer.Option(help="Measured costs; default: costs.json beside CONFIG.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="What chooses workers and levels.")] = "adaptive",
+    policy: Annotated[
+        str | None, typer.Option(help="adaptive, aggregated or level-N; default: CONFIG's.")
+    ] = None,
     prefill: Annotated[int | None, typer.Option(help="Prefill workers; default: CONFIG's.")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode workers; default: CONFIG's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another draw of a synthetic trace.")] = None,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from colm_serve.config import ClusterConfig
+from colm_serve.config import ClusterConfig, RouterConfig
 from colm_serve.errors import InvalidArgument, InvalidConfig
-from colm_serve.router.policy import Policy, highest_level_least_finish
 from colm_serve.simulate.costs import WorkerCosts
 from colm_serve.simulate.mooncake import MooncakeTrace
 from colm_serve.simulate.outcomes import Outcome
@@ -34,16 +34,21 @@ def load_trace(path: Path, seed: int | None = None) -> Trace:
     return trace if seed is None else trace.model_copy(update={"seed": seed})
 
 
-def load_policy(name: str, num_levels: int) -> Policy:
-    """A policy by the name that the command line gives it.
+def with_policy(config: ClusterConfig, name: str) -> ClusterConfig:
+    """The config with the policy `name`: adaptive, aggregated or level-1, level-2 and so on.
 
     Raises:
         InvalidArgument: there is none of this name.
     """
-    policies: dict[str, Policy] = {"adaptive": highest_level_least_finish}
-    if name not in policies:
-        raise InvalidArgument("policy", name, ", ".join(policies))
-    return policies[name]
+    if name in ("adaptive", "aggregated"):
+        update = {"policy": name, "fixed_level": None}
+    elif re.fullmatch("level-[1-9][0-9]*", name):
+        level = int(name.removeprefix("level-"))
+        update = {"policy": "fixed_level", "fixed_level": level, "level_moves_per_s": 0.0}
+    else:
+        raise InvalidArgument("policy", name, "adaptive, aggregated, level-1, level-2, ...")
+    router = RouterConfig.model_validate({**config.router.model_dump(), **update})
+    return config.model_copy(update={"router": router})
 
 
 def run_simulation(
@@ -51,7 +56,7 @@ def run_simulation(
     trace_path: Path,
     *,
     costs_path: Path | None = None,
-    policy: str = "adaptive",
+    policy: str | None = None,
     num_prefill: int | None = None,
     num_decode: int | None = None,
     seed: int | None = None,
@@ -62,9 +67,11 @@ def run_simulation(
         InvalidConfig, InvalidArgument: a file, a line of the trace or a name is wrong.
     """
     config = with_counts(ClusterConfig.load(config_path), num_prefill, num_decode)
+    if policy is not None:
+        config = with_policy(config, policy)
     costs = WorkerCosts.load(costs_path or config_path.parent / COSTS_NAME)
     trace = load_trace(trace_path, seed)
-    return Simulation(config, costs, load_policy(policy, costs.num_levels)).run(trace)
+    return Simulation(config, costs).run(trace)
 
 
 def with_counts(

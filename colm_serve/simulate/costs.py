@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from colm_serve.core import StepCost
+from colm_serve.core import PrefillCost, StepCost, TransferCost
 from colm_serve.errors import InvalidConfig
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -51,6 +51,10 @@ class PassCosts(_Frozen):
     def seconds(self, num_tokens: int, num_attended_keys: int) -> float:
         return self.pass_s + self.token_s * num_tokens + self.attended_key_s * num_attended_keys
 
+    def cost(self, chunk_tokens: int) -> PrefillCost:
+        """As a worker that computes so many tokens in a pass tells it."""
+        return PrefillCost(self.pass_s, self.token_s, self.attended_key_s, chunk_tokens)
+
 
 class WorkerCosts(_Frozen):
     """The coefficients of one kind of cluster.
@@ -67,6 +71,10 @@ class WorkerCosts(_Frozen):
     @property
     def num_levels(self) -> int:
         return len(self.step.chain_s)
+
+    @property
+    def transfer_cost(self) -> TransferCost:
+        return TransferCost(2 * self.hop_s, self.transfer_token_s)
 
     @property
     def link_tokens_per_s(self) -> float | None:

@@ -117,6 +117,7 @@ class VirtualDecodeWorker:
         )
 
     def status(self) -> DecodeStatus:
+        num_steps = 0 if self._run is None else self._run.num_done(self._clock.now)
         return DecodeStatus(
             worker_id=self.member.worker_id,
             epoch=self.member.epoch,
@@ -134,6 +135,8 @@ class VirtualDecodeWorker:
             num_preemptions=self.num_preemptions,
             num_drafted=0,
             num_accepted=0,
+            num_attended=self._rows.num_attended(num_steps),
+            transfer_cost=self._costs.transfer_cost,
         )
 
     def check_integrity(self) -> None:

@@ -79,8 +79,12 @@ class Lockstep:
         return due
 
     def rows_by_level(self) -> list[int]:
-        rows = self._rows_per_chain
-        return [upper - lower for upper, lower in zip(rows, [*rows[1:], 0], strict=True)]
+        return _by_level(self._rows_per_chain)
+
+    def attended_by_level(self, num_steps: int) -> list[int]:
+        """Tokens that the rows of each level attend to once so many further steps are taken."""
+        rows, cached = self.rows_by_level(), _by_level(self._cached_per_chain)
+        return [c + num_steps * r for c, r in zip(cached, rows, strict=True)]
 
     def step_s(self, cost: StepCost) -> tuple[float, float]:
         """Seconds of the next step, and how many more the one after it takes."""
@@ -92,6 +96,11 @@ class Lockstep:
         for chain in range(level):
             self._rows_per_chain[chain] += sign
             self._cached_per_chain[chain] += sign * sequence.num_tokens
+
+
+def _by_level(per_chain: list[int]) -> list[int]:
+    """Level 1 first: those that use its chain and not the next one."""
+    return [upper - lower for upper, lower in zip(per_chain, [*per_chain[1:], 0], strict=True)]
 
 
 def _product(seconds: float, number: int) -> float:

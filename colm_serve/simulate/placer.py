@@ -8,9 +8,10 @@ from colm_serve.config import ClusterConfig
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.decision import decide
+from colm_serve.router.facts import Placement
 from colm_serve.router.fair_queue import FairQueue
 from colm_serve.router.overload import at_least_level
-from colm_serve.router.policy import Placement, Policy
+from colm_serve.router.policy import Policy
 from colm_serve.router.router import PATIENCE_S
 from colm_serve.router.tenants import ANYBODY
 from colm_serve.simulate.clock import VirtualClock
@@ -120,7 +121,7 @@ class VirtualPlacer:
     def _decide(self, request: VirtualRequest) -> Placement:
         if len(self._placed) - (request in self._placed) >= self._max_concurrent:
             raise ResourceExhausted(f"{len(self._placed)} requests are being served")
-        placement = decide(self._policy, self._view, request.facts(), "")
+        placement = decide(self._policy, self._view, request.facts(self._clock.now), "")
         self._placed.add(request)
         return placement
 
@@ -129,7 +130,7 @@ class VirtualPlacer:
         ttft_s = request.remaining_ttft_s(self._clock.now)
         if ttft_s is None:
             return min(PATIENCE_S, request.deadline - self._clock.now)
-        facts = request.facts()
+        facts = request.facts(self._clock.now)
         cluster = self._view.candidates(facts.prompt, "")
         return ttft_s - at_least_level(self._policy, facts, cluster).prediction.ttft_s
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from colm_serve.config import PrefillConfig
-from colm_serve.core import Member, PrefillRequest, PrefillStatus
+from colm_serve.core import Member, PrefillCost, PrefillRequest, PrefillStatus
 from colm_serve.decode_worker.prefill_plan import PrefillOffer
 from colm_serve.prefill_worker.job import PrefillJob
 from colm_serve.prefill_worker.scheduler import PrefillScheduler, ScheduledChunk
@@ -87,6 +87,7 @@ class VirtualPrefillWorker:
     _num_computed_tokens: int = 0
 
     def __post_init__(self) -> None:
+        self._cost = self.costs.prefill.cost(self.config.chunk_tokens)
         self._pages = CountedPages(self.config.num_pages, self.config.page_size)
         self._scheduler = PrefillScheduler(
             self._pages,
@@ -131,7 +132,8 @@ class VirtualPrefillWorker:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_queued_tokens=self._scheduler.num_queued_tokens,
-            tokens_per_s=self._tokens_per_s,
+            queued_s=sum(self._cost.seconds(*left) for left in self._scheduler.queued),
+            cost=self._cost,
             num_free_pages=self._pages.num_free,
             num_pages=self._pages.num_pages,
             num_computed_tokens=self._num_computed_tokens,
@@ -192,6 +194,5 @@ class VirtualPrefillWorker:
 
 
 def _num_attended(chunk: ScheduledChunk) -> int:
-    """Keys that the chunk's tokens attend to, one after another."""
-    start, num_tokens = chunk.job.num_computed, chunk.num_tokens
-    return start * num_tokens + num_tokens * (num_tokens + 1) // 2
+    start = chunk.job.num_computed
+    return PrefillCost.num_attended_keys(start, start + chunk.num_tokens)

@@ -10,7 +10,8 @@ from colm_serve.core import Member, Membership
 from colm_serve.errors import ColmError, InvalidConfig, ResourceExhausted
 from colm_serve.router.admission import Admission
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.policy import Placement, Policy
+from colm_serve.router.facts import Placement
+from colm_serve.router.policy import make_policy
 from colm_serve.router.tenants import ANYBODY
 from colm_serve.simulate.clock import VirtualClock
 from colm_serve.simulate.decode import VirtualDecodeWorker
@@ -30,7 +31,6 @@ class VirtualRouter:
     def __init__(
         self,
         config: ClusterConfig,
-        policy: Policy,
         clock: VirtualClock,
         decode: Mapping[Member, VirtualDecodeWorker],
         prefill: Mapping[Member, VirtualPrefillWorker],
@@ -52,6 +52,7 @@ class VirtualRouter:
         max_under_way = 2 * config.router.max_concurrent + config.router.max_queued
         self._admission = Admission(max_under_way, (ANYBODY,), lambda: clock.now)
         self._view = ClusterView(KV_IDENTITY, config.decode.page_size)
+        policy = make_policy(config.router)
         self._placer = VirtualPlacer(config, self._view, policy, clock, self._place, self._refuse)
         self._running: dict[str, OrderedDict[VirtualRequest, None]] = {
             name: OrderedDict() for name in config.sla_classes

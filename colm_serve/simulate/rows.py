@@ -49,6 +49,8 @@ class Rows:
         """It does not run any more, if it did."""
         if sequence in self.running:
             del self.running[sequence]
+            if sequence in self._joining:
+                self._joining.remove(sequence)
             self.num_by_level[sequence.level - 1] -= 1
             if sequence.is_in_lockstep and self._lockstep is not None:
                 self._lockstep.leave(sequence)
@@ -86,6 +88,16 @@ class Rows:
     def num_steps_ahead(self) -> int:
         """Steps until the rows have to be chosen anew; there has to be one."""
         return 1 if self._lockstep is None else self._lockstep.num_steps_ahead()
+
+    def num_attended(self, num_steps: int) -> tuple[int, ...]:
+        """Tokens that all rows attend to by level, so many steps after the last ones completed."""
+        if self._lockstep is None:
+            counts, others = [0] * self._num_levels, list(self.running)
+        else:
+            counts, others = self._lockstep.attended_by_level(num_steps), self._joining
+        for sequence in others:
+            counts[sequence.level - 1] += sequence.num_tokens
+        return tuple(counts)
 
     def tell_first_tokens(self, step_end: float) -> None:
         """Rows that make their first token in the step chosen know when that will be."""
@@ -131,8 +143,7 @@ class Rows:
             self._lockstep.expect(sequence)
         joining, self._joining = self._joining, []
         for sequence in joining:
-            if sequence in self.running and not sequence.is_in_lockstep:
-                self._lockstep.join(sequence)
+            self._lockstep.join(sequence)
         return True
 
     def _part(self) -> bool:

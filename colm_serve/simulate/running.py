@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from colm_serve.config import SlaClass
 from colm_serve.core import Member
-from colm_serve.router.policy import Placement, RequestFacts
+from colm_serve.router.facts import Placement, RequestFacts
 from colm_serve.router.snapshot import Work
 from colm_serve.simulate.sequence import VirtualSequence
 from colm_serve.simulate.trace import Block, TracedRequest
@@ -44,7 +44,7 @@ class VirtualRequest:
             return None
         return max(0.0, self.traced.arrival_s + self.sla.ttft_ms / 1e3 - now)
 
-    def facts(self) -> RequestFacts:
+    def facts(self, now: float) -> RequestFacts:
         return RequestFacts(
             prompt=self.traced.prompt(),
             max_tokens=self.traced.num_output_tokens,
@@ -52,13 +52,17 @@ class VirtualRequest:
             max_level=self.sla.max_level or self.num_levels,
             ttft_s=None if self.sla.ttft_ms is None else self.sla.ttft_ms / 1e3,
             tpot_s=self.tpot_s,
+            deadline_s=self.sla.deadline_s,
+            age_s=now - self.traced.arrival_s,
+            is_begun=self.num_attempts > 0,
             refused_by=self.refused_by,
         )
 
     def work(self, placement: Placement) -> Work:
         """What it costs its decode worker."""
         max_tokens = self.traced.num_output_tokens
-        return Work(placement.level, self.num_prompt, max_tokens, self.tpot_s)
+        level, min_level = placement.level, self.sla.min_level
+        return Work(level, self.num_prompt, max_tokens, self.tpot_s, min_level)
 
     def all_blocks(self) -> tuple[Block, ...]:
         """Of its prompt, and the one of its output, which is new if no later prompt holds it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from colm_serve.config import ClusterConfig
 from colm_serve.core import Member, WorkerKind
 from colm_serve.errors import InvalidConfig
-from colm_serve.router.policy import Policy, highest_level_least_finish
 from colm_serve.simulate.clock import VirtualClock
 from colm_serve.simulate.costs import WorkerCosts
 from colm_serve.simulate.decode import VirtualDecodeWorker
@@ -18,12 +17,7 @@ from colm_serve.simulate.trace import Trace
 class Simulation:
     """A cluster of `prefill.count` and `decode.count` workers that cost what was measured."""
 
-    def __init__(
-        self,
-        config: ClusterConfig,
-        costs: WorkerCosts,
-        policy: Policy = highest_level_least_finish,
-    ) -> None:
+    def __init__(self, config: ClusterConfig, costs: WorkerCosts) -> None:
         """Raises InvalidConfig: a class has levels that the costs know nothing of."""
         for name, sla in config.sla_classes.items():
             for key in ("min_level", "max_level"):
@@ -42,7 +36,6 @@ class Simulation:
         }
         self._router = VirtualRouter(
             config,
-            policy,
             self.clock,
             self.decode,
             self.prefill,
