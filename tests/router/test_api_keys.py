@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from typer.testing import CliRunner
 
+from colm_serve.cli import app
 from colm_serve.client import AsyncClient, Started
 from colm_serve.config import SlaClass, TenantConfig
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unauthenticated
@@ -65,6 +68,20 @@ async def test_with_its_key_a_tenant_is_served(tmp_path: Path) -> None:
         assert (await cluster.http.get("/v1/models")).status_code == 200
         assert await generate(cluster.client) == 9
         assert len((await cluster.client.status()).workers) == 1
+
+
+async def test_the_command_line_takes_a_key_from_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scripted_cluster(tmp_path, tenants=tenants()) as cluster:
+        command = ["status", "--address", cluster.service.grpc_address]
+        monkeypatch.setenv("COLM_API_KEY", ACME)
+        served = await asyncio.to_thread(CliRunner().invoke, app, command)
+        assert served.exit_code == 0
+        assert "d0" in served.output
+        monkeypatch.setenv("COLM_API_KEY", "sk-nobody-0123456789")
+        refused = await asyncio.to_thread(CliRunner().invoke, app, command)
+        assert isinstance(refused.exception, Unauthenticated)
 
 
 async def test_a_tenant_has_classes_of_its_own(tmp_path: Path) -> None:
@@ -171,3 +188,13 @@ async def test_a_batch_takes_no_more_than_its_tenant_may(tmp_path: Path) -> None
         reply = await cluster.http.post(COMPLETION, json=body)
         assert reply.status_code == 200
         assert len(reply.json()["choices"]) == 6
+
+
+async def test_requests_that_come_together_get_no_more_than_there_is(tmp_path: Path) -> None:
+    async with scripted_cluster(
+        tmp_path, tenants=tenants(tokens_per_min=100), api_key=ACME
+    ) as cluster:
+        calls = [generate(cluster.client) for _ in range(30)]  # of ten tokens each
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+    assert ends.count(9) == 10
+    assert sum(isinstance(end, ResourceExhausted) for end in ends) == 20

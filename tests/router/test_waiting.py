@@ -116,6 +116,37 @@ async def test_the_next_in_line_is_served_as_soon_as_one_is_done(tmp_path: Path)
         assert order == ["urgent", "default"]
 
 
+async def test_tenants_share_the_room_by_weight(tmp_path: Path) -> None:
+    keys = {name: f"sk-{name}-0123456789abc" for name in ("light", "heavy")}
+    tenants = {
+        name: TenantConfig.model_validate({"api_keys": [keys[name]], "weight": weight})
+        for name, weight in (("light", 1), ("heavy", 3))
+    }
+    router = RouterConfig(status_interval_s=0.02, max_concurrent=1)
+    script = Script(hold_after=0)
+    async with (
+        scripted_cluster(tmp_path, router=router, script=script, tenants=tenants) as cluster,
+        AsyncClient(cluster.service.grpc_address, api_key=keys["light"]) as light,
+        AsyncClient(cluster.service.grpc_address, api_key=keys["heavy"]) as heavy,
+    ):
+        first = asyncio.create_task(generate(light))
+        await cluster.worker.held.wait()
+        order: list[str] = []
+
+        async def wait(name: str, client: AsyncClient) -> None:
+            await generate(client)
+            order.append(name)
+
+        # All of the light one's came first.
+        clients = [("light", light)] * 8 + [("heavy", heavy)] * 12
+        tasks = [asyncio.create_task(wait(*each)) for each in clients]
+        await until_waiting(cluster, len(tasks))
+        cluster.worker.resume.set()
+        await asyncio.gather(first, *tasks)
+        assert 2 <= order[:12].count("light") <= 4, order
+        assert order[16:] == ["light"] * 4
+
+
 async def test_a_full_line_turns_away_those_of_whom_there_are_most(tmp_path: Path) -> None:
     keys = {name: f"sk-{name}-0123456789abc" for name in ("many", "few")}
     tenants = {name: TenantConfig.model_validate({"api_keys": [key]}) for name, key in keys.items()}
