@@ -16,14 +16,16 @@ MAX_RETRY_AFTER_S = 60.0
 
 def idle_level(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> int:
     """The level that the request would get if these workers had nothing else to do."""
-    idle = ClusterSnapshot(tuple(map(_idle, cluster.decode)), tuple(map(_empty, cluster.prefill)))
-    return _anywhere(policy, replace(request, age_s=0.0, is_begun=True), idle).level
+    decode = tuple(_roomy(_idle(state), request) for state in cluster.decode)
+    idle = ClusterSnapshot(decode, tuple(map(_empty, cluster.prefill)))
+    return _served(policy, replace(request, age_s=0.0), idle).level
 
 
 def at_least_level(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
     """What the request would get at its lowest level, beside all that runs, if it had room."""
     lowest = replace(request, max_level=request.min_level, ttft_s=None, tpot_s=None)
-    return _anywhere(policy, lowest, replace(cluster, decode=tuple(map(_roomy, cluster.decode))))
+    decode = tuple(_roomy(state, request) for state in cluster.decode)
+    return _served(policy, lowest, replace(cluster, decode=decode))
 
 
 def retry_after_s(
@@ -42,14 +44,16 @@ def retry_after_s(
     return min(MAX_RETRY_AFTER_S, max(MIN_RETRY_AFTER_S, seconds))
 
 
-def _anywhere(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
-    return policy(replace(request, refused_by=frozenset(), failed_at=frozenset()), cluster)
+def _served(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
+    """The policy's placement; it refuses nothing that has begun."""
+    begun = replace(request, is_begun=True, refused_by=frozenset(), failed_at=frozenset())
+    return policy(begun, cluster)
 
 
-def _roomy(state: DecodeState) -> DecodeState:
-    # Each request on its way takes no more than all of the pages.
-    num_pages = state.status.num_pages * (1 + len(state.outstanding))
-    status = replace(state.status, num_free_pages=num_pages)
+def _roomy(state: DecodeState, request: RequestFacts) -> DecodeState:
+    # Each request on its way takes no more than all pages, and this one no more than its tokens.
+    num_pages = state.status.num_pages * (1 + len(state.outstanding)) + request.num_tokens
+    status = replace(state.status, num_pages=num_pages, num_free_pages=num_pages)
     return replace(state, status=status, tpot_s=None)
 
 
@@ -59,7 +63,6 @@ def _idle(state: DecodeState) -> DecodeState:
         num_waiting=0,
         num_running=(0,) * state.status.num_levels,
         num_attended=(),
-        num_free_pages=state.status.num_pages,
     )
     return replace(state, status=status, outstanding=(), placed=(), tpot_s=None)
 

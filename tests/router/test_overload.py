@@ -6,6 +6,7 @@ import pytest
 
 from colm_serve.core import StepCost
 from colm_serve.errors import ResourceExhausted
+from colm_serve.errors import ResourceExhausted
 from colm_serve.router.overload import (
     MAX_RETRY_AFTER_S,
     MIN_RETRY_AFTER_S,
@@ -74,3 +75,19 @@ def test_retry_after_is_when_those_ahead_have_ended(
     assert placement.prediction.tpot_s == pytest.approx(0.024)
     seconds = retry_after_s(placement, snapshot, num_ahead, num_workers)
     assert seconds == pytest.approx(expected_s)
+
+
+def test_workers_that_could_not_hold_it_tell_its_speed_all_the_same() -> None:
+    """Candidates may all be too small where another worker is not."""
+    small = cluster(decode(num_pages=7, num_free_pages=0))
+    assert idle_level(policy, facts(), small) == 3
+    assert at_least_level(policy, facts(), small).level == 1
+
+
+def test_nothing_is_refused_for_the_sake_of_others() -> None:
+    work = Work(level=1, num_prompt_tokens=10, max_tokens=10, tpot_s=0.001)
+    strict = decode(num_running=(1, 0, 0), placed=(work,), tpot_s=0.001)
+    with pytest.raises(ResourceExhausted):
+        policy(facts(min_level=3), cluster(strict))
+    assert at_least_level(policy, facts(min_level=3), cluster(strict)).level == 3
+    assert idle_level(policy, facts(min_level=3), cluster(strict)) == 3
