@@ -8,6 +8,7 @@
     ├── Incompatible         two workers do not hold the same weights or layout
     ├── Unauthenticated      the caller has no API key, or an unknown one
     ├── ResourceExhausted    there is no room now; try again later
+    │   ├── TargetsMissed    there is room, but not for its or others' targets
     │   └── RateLimited      a tenant has used up what it may have
     ├── Unavailable          the peer is gone or draining
     ├── DataLoss             bytes arrived damaged or not at all
@@ -66,6 +67,10 @@ class ResourceExhausted(ColmError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TargetsMissed(ResourceExhausted):
+    """There is room, but the request's targets, or those of others, would be missed."""
 
 
 class RateLimited(ResourceExhausted):

@@ -21,6 +21,7 @@ class _Waiting(Generic[Item]):
     number: int  # of two with the same deadline the first to come goes first
     cost: float = field(compare=False)
     item: Item = field(compare=False)
+    is_aside: bool = field(default=False, compare=False)
 
 
 @dataclass
@@ -30,6 +31,9 @@ class _Flow(Generic[Item]):
     weight: float
     start: float = 0.0
     waiting: list[_Waiting[Item]] = field(default_factory=list)
+
+    def first(self) -> _Waiting[Item] | None:
+        return next((place for place in self.waiting if not place.is_aside), None)
 
 
 class FairQueue(Generic[Item]):
@@ -58,7 +62,7 @@ class FairQueue(Generic[Item]):
             cost: tokens that serving it is thought to take.
         """
         flow = self._flows[tenant]
-        if not flow.waiting:
+        if flow.first() is None:
             flow.start = max(flow.start, self._now)
         place = _Waiting(deadline_s, next(self._numbers), cost, item)
         insort(flow.waiting, place)
@@ -72,8 +76,8 @@ class FairQueue(Generic[Item]):
 
     def head(self) -> Item | None:
         """The next item to serve; another may come before it until it is popped."""
-        flow = self._next()
-        return None if flow is None else flow.waiting[0].item
+        first = self._first()
+        return None if first is None else first.item
 
     def pop(self) -> Item:
         """Serve the head; its tenant has had its tokens.
@@ -81,13 +85,25 @@ class FairQueue(Generic[Item]):
         Raises:
             IndexError: nothing waits.
         """
-        flow = self._next()
-        if flow is None:
+        first = self._first()
+        if first is None:
             raise IndexError("nothing waits")
-        place = flow.waiting[0]
-        self.remove(place.item)
-        self._serve(flow, place.cost)
-        return place.item
+        flow, _ = self._places[first.item]
+        self.remove(first.item)
+        self._serve(flow, first.cost)
+        return first.item
+
+    def set_aside(self, item: Item) -> None:
+        """The item lets others by until it is recalled."""
+        self._places[item][1].is_aside = True
+
+    def recall(self, item: Item) -> None:
+        """The item has its place again, if it still waits; its tenant is owed nothing for it."""
+        if item in self._places:
+            flow, place = self._places[item]
+            if flow.first() is None:
+                flow.start = max(flow.start, self._now)
+            place.is_aside = False
 
     def serve_at_once(self, tenant: str, cost: float) -> None:
         """An item of this tenant was served without waiting, as nothing waited."""
@@ -99,9 +115,9 @@ class FairQueue(Generic[Item]):
             flow, place = self._places.pop(item)
             del flow.waiting[bisect_left(flow.waiting, place)]
 
-    def _next(self) -> _Flow[Item] | None:
-        flows = (flow for flow in self._flows.values() if flow.waiting)
-        return min(flows, key=lambda flow: flow.start, default=None)
+    def _first(self) -> _Waiting[Item] | None:
+        flows = [(flow.start, first) for flow in self._flows.values() if (first := flow.first())]
+        return min(flows, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def _serve(self, flow: _Flow[Item], cost: float) -> None:
         self._now = max(self._now, flow.start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from colm_serve.errors import InvalidArgument, ResourceExhausted
+from colm_serve.errors import InvalidArgument, TargetsMissed
 from colm_serve.router.facts import Placement, RequestFacts
 from colm_serve.router.latency_model import (
     Load,
@@ -76,7 +76,7 @@ class Offers:
 
         Raises:
             InvalidArgument: a target that the request names is out of reach.
-            ResourceExhausted: all could be kept were there less to do.
+            TargetsMissed: all could be kept were there less to do.
         """
         request, level = self._request, self._request.min_level
         first = self._prefill[0] if self._prefill else None
@@ -94,7 +94,7 @@ class Offers:
                 allowed = f"{least_s * 1000:.4g} or more, predicted of an idle worker at level"
                 raise InvalidArgument(field, target_s * 1000, f"{allowed} {level}")
         best = min(offers, key=lambda offer: offer.rank(request.max_tokens)).prediction
-        raise ResourceExhausted(
+        raise TargetsMissed(
             f"targets would be missed even at level {level}, the lowest allowed: predicted are "
             f"{best.ttft_s * 1000:.4g} ms to the first token, {best.tpot_s * 1000:.4g} ms for "
             "each later one; try again later",

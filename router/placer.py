@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from colm_serve.config import ClusterConfig
-from colm_serve.errors import ColmError, ResourceExhausted, Unavailable
+from colm_serve.errors import ColmError, ResourceExhausted, TargetsMissed, Unavailable
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.decision import decide
 from colm_serve.router.fair_queue import FairQueue
@@ -15,6 +16,9 @@ from colm_serve.router.overload import at_least_level, idle_level, retry_after_s
 from colm_serve.router.policy import Placement, Policy
 from colm_serve.router.running import RunningRequest
 from colm_serve.router.tenants import Tenant
+
+#: Waiting requests that are tried anew at every change, beside the first.
+MAX_ASIDE = 4
 
 
 class _Turn:
@@ -52,6 +56,7 @@ class Placer:
         weights = {tenant.name: tenant.config.weight for tenant in tenants}
         self._queue: FairQueue[_Turn] = FairQueue(config.router.max_queued, weights)
         self._head: _Turn | None = None
+        self._num_aside = 0
         self._placed: set[str] = set()
 
     def num_waiting(self, tenant: Tenant) -> int:
@@ -112,8 +117,26 @@ class Placer:
             else:
                 self._queue.pop()
                 return placement
-            await change.wait()
+            # One that lacks pages lets nobody by: else a large one might never have enough.
+            with self._aside(turn) if isinstance(turn.trouble, TargetsMissed) else nullcontext():
+                await change.wait()
             running.refused_by = frozenset()
+
+    @contextmanager
+    def _aside(self, turn: _Turn) -> Iterator[None]:
+        """Those behind may try: they may have looser targets, or none."""
+        if self._num_aside >= MAX_ASIDE:
+            yield
+            return
+        self._num_aside += 1
+        self._queue.set_aside(turn)
+        self._wake_head()
+        try:
+            yield
+        finally:
+            self._num_aside -= 1
+            self._queue.recall(turn)
+            self._wake_head()
 
     def _enter(self, running: RunningRequest, turn: _Turn) -> None:
         ttft_s = running.remaining_ttft_s
@@ -135,7 +158,8 @@ class Placer:
         self._head = head
 
     def _decide(self, running: RunningRequest) -> Placement:
-        if len(self._placed - {running.request_id}) >= self._max_concurrent:
+        is_placed = running.request_id in self._placed
+        if not is_placed and len(self._placed) >= self._max_concurrent:
             raise ResourceExhausted(
                 f"{len(self._placed)} requests are being served, the most this router takes"
             )

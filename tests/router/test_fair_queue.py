@@ -60,6 +60,31 @@ def test_who_gives_up_has_had_nothing() -> None:
     assert drain(queue) == ["a1", "b0"]
 
 
+def test_who_steps_aside_lets_others_by_and_keeps_its_place() -> None:
+    queue = queue_of()
+    for name, deadline_s in (("a0", 1.0), ("a1", 2.0), ("a2", 3.0)):
+        queue.push("a", 10, deadline_s, name)
+    queue.set_aside("a0")
+    assert queue.pop() == "a1"
+    queue.recall("a0")
+    assert drain(queue) == ["a0", "a2"]
+    queue.recall("a0")
+    assert queue.head() is None
+
+
+def test_who_stood_aside_is_owed_nothing_for_it() -> None:
+    queue = queue_of()
+    queue.push("a", 10, 1.0, "a0")
+    queue.set_aside("a0")
+    for i in range(9):
+        queue.push("b", 10, float(i), f"b{i}")
+    assert [queue.pop() for _ in range(5)] == [f"b{i}" for i in range(5)]
+    queue.recall("a0")
+    queue.push("a", 10, 2.0, "a1")
+    queue.push("a", 10, 3.0, "a2")
+    assert [name[0] for name in drain(queue)[:6]].count("a") == 3, "in turn, not all at once"
+
+
 def test_when_full_whoever_has_most_for_its_weight_makes_room() -> None:
     queue = queue_of(4, {"a": 1.0, "b": 3.0})
     for i in range(4):
@@ -99,22 +124,29 @@ def test_tenants_that_wait_share_by_weight_and_none_starves(
             assert apart <= MAX_TOKENS / weights[one] + MAX_TOKENS / weights[other]
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["push", "pop", "remove", "serve"]), st.sampled_from("ab"),
-                  st.integers(1, MAX_TOKENS), st.integers(0, 20)), max_size=80,
-    )
-)  # fmt: skip
+Steps = st.lists(
+    st.tuples(
+        st.sampled_from(["push", "pop", "remove", "serve", "aside", "recall"]),
+        st.sampled_from("ab"),
+        st.integers(1, MAX_TOKENS),
+        st.integers(0, 20),
+    ),
+    max_size=80,
+)
+
+
+@given(Steps)
 def test_it_stays_bounded_and_loses_nobody(
     steps: list[tuple[str, str, int, int]],
 ) -> None:
     queue = queue_of(10)
     waiting: set[str] = set()
+    aside: set[str] = set()
     for i, (what, tenant, num_tokens, number) in enumerate(steps):
         if what == "push":
             waiting.add(f"{tenant}{i}")
             waiting -= {queue.push(tenant, num_tokens, float(number), f"{tenant}{i}") or ""}
-        elif what == "pop" and waiting:
+        elif what == "pop" and waiting - aside:
             head = queue.head()
             assert queue.pop() == head
             waiting.remove(head or "")
@@ -122,8 +154,18 @@ def test_it_stays_bounded_and_loses_nobody(
             gone = sorted(waiting)[number % len(waiting)]
             queue.remove(gone)
             waiting.remove(gone)
+        elif what == "aside" and waiting - aside:
+            queue.set_aside(queue.head() or "")
+            aside = {name for name in waiting if queue._places[name][1].is_aside}
+        elif what == "recall" and aside:
+            queue.recall(min(aside))
+            aside.remove(min(aside))
         elif what == "serve" and not waiting:
             queue.serve_at_once(tenant, num_tokens)
+        aside &= waiting
+        assert (queue.head() is None) == (waiting == aside)
         assert len(queue) == len(waiting) <= 10
         assert sum(queue.num_waiting(name) for name in "ab") == len(waiting)
+    for name in aside:
+        queue.recall(name)
     assert set(drain(queue)) == waiting

@@ -6,7 +6,6 @@ import pytest
 
 from colm_serve.core import StepCost
 from colm_serve.errors import ResourceExhausted
-from colm_serve.errors import ResourceExhausted
 from colm_serve.router.overload import (
     MAX_RETRY_AFTER_S,
     MIN_RETRY_AFTER_S,

@@ -147,6 +147,24 @@ async def test_tenants_share_the_room_by_weight(tmp_path: Path) -> None:
         assert order[16:] == ["light"] * 4
 
 
+async def test_who_waits_for_its_targets_lets_others_by(tmp_path: Path) -> None:
+    classes = {"default": SlaClass(), "fast": SlaClass(tpot_ms=36)}
+    async with scripted_cluster(tmp_path, sla_classes=classes) as cluster:
+        # Beside eight rows of level 3 a step takes 52 ms at the least.
+        busy = cluster.worker.status = decode_status(max_rows=32, num_running=(0, 0, 8))
+        await cluster.until(lambda: cluster.router.view.snapshot().decode[0].status == busy)
+        fast = [asyncio.create_task(generate(cluster.client, "fast")) for _ in range(6)]
+        await until_waiting(cluster, 6)
+        assert cluster.worker.requests == []
+        for task in fast[:3]:
+            task.cancel()
+        await until_waiting(cluster, 3)
+        assert len(await generate(cluster.client)) == 4
+        cluster.worker.status = decode_status(max_rows=32)
+        for task in fast[3:]:
+            assert len(await task) == 4
+
+
 async def test_a_full_line_turns_away_those_of_whom_there_are_most(tmp_path: Path) -> None:
     keys = {name: f"sk-{name}-0123456789abc" for name in ("many", "few")}
     tenants = {name: TenantConfig.model_validate({"api_keys": [key]}) for name, key in keys.items()}
