@@ -41,7 +41,7 @@ def with_policy(config: ClusterConfig, name: str) -> ClusterConfig:
         InvalidArgument: there is none of this name.
     """
     if name in ("adaptive", "aggregated"):
-        update = {"policy": name, "fixed_level": None}
+        update: dict[str, object] = {"policy": name, "fixed_level": None}
     elif re.fullmatch("level-[1-9][0-9]*", name):
         level = int(name.removeprefix("level-"))
         update = {"policy": "fixed_level", "fixed_level": level, "level_moves_per_s": 0.0}
