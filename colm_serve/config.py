@@ -224,6 +224,15 @@ class RouterConfig(_Frozen):
         le=1000,
         description="of requests that run at one decode worker; 0: they stay where they were put",
     )
+    retry_share: float = Field(
+        default=0.2, ge=0, le=1, description="retries that a request brings for all requests"
+    )
+    breaker_failures: Count = Field(
+        default=5, description="requests that break off in a row before a worker is left alone"
+    )
+    breaker_open_s: Seconds = Field(
+        default=1.0, description="how long, at first; then one request goes there as a probe"
+    )
 
     @model_validator(mode="after")
     def _the_level_is_given_where_read(self) -> RouterConfig:
@@ -232,6 +241,41 @@ class RouterConfig(_Frozen):
                 f"fixed_level {self.fixed_level} with policy {self.policy}: the policy "
                 "fixed_level needs one, the others read none"
             )
+        return self
+
+
+class StandbyConfig(_Frozen):
+    """Prefill workers finish texts at level 1 while there is no decode worker.
+
+    They load the head, and chain 1 once more, when that happens, and drop them after it.
+    """
+
+    enabled: bool = True
+    after_s: Seconds = Field(
+        default=2.0, description="how long a request waits for a decode worker first"
+    )
+    kv_tokens: Count = Field(default=16384, description="beside those of prefill.kv_tokens")
+
+
+class PlannerConfig(_Frozen):
+    """Whether worker counts follow the load, and how far; else they stay as configured."""
+
+    enabled: bool = False
+    min_prefill: Count = 1
+    max_prefill: Count = 8
+    min_decode: Count = 1
+    max_decode: Count = 8
+    interval_s: Seconds = 30.0
+    hysteresis: float = Field(
+        default=0.25, ge=0, le=10, description="load is let grow by this share before workers go"
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> PlannerConfig:
+        for kind in ("prefill", "decode"):
+            low, high = getattr(self, f"min_{kind}"), getattr(self, f"max_{kind}")
+            if low > high:
+                raise ValueError(f"min_{kind} {low} is above max_{kind} {high}")
         return self
 
 
@@ -286,6 +330,10 @@ class RayConfig(_Frozen):
     address: str = "local"
     start_timeout_s: Seconds = 120.0
     health_interval_s: Seconds = 1.0
+    drain_s: Seconds = Field(
+        default=30.0,
+        description="how long a worker that is to go has for its requests; then they move",
+    )
 
 
 class ClusterConfig(_Frozen):
@@ -296,6 +344,8 @@ class ClusterConfig(_Frozen):
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
     router: RouterConfig = RouterConfig()
+    standby: StandbyConfig = StandbyConfig()
+    planner: PlannerConfig = PlannerConfig()
     ray: RayConfig = RayConfig()
     tls: TlsConfig | None = None
     default_sla_class: str = "default"

@@ -81,6 +81,12 @@ def test_a_model_is_named_by_its_folder_unless_told_otherwise(tmp_path: Path) ->
         ("model: m\nprefill: {page_size: 1.5}", "prefill.page_size", "1.5 is not allowed"),
         ("model: m\nprefill: {stall_timeout_s: .inf}", "prefill.stall_timeout_s", "86400"),
         ("model: m\nprefill: {stall_timeout_s: .nan}", "prefill.stall_timeout_s", "nan"),
+        (
+            "model: m\nplanner: {min_decode: 9}",
+            "planner",
+            "min_decode 9 is above max_decode 8",
+        ),
+        ("model: m\nplanner: {hysteresis: .inf}", "planner.hysteresis", "equal to 10"),
         ("model: m\nrouter: {http_port: 70000}", "router.http_port", "70000 is not.*65535"),
         ("model: m\ndecode: {weight_dtype: int4}", "decode.weight_dtype", "int4.*'int8'"),
         ("model: m\nprefill: {sparse: {selector: best}}", "prefill.sparse.selector", "'adaptive'"),

@@ -29,6 +29,8 @@ RANK = {group: rank for rank, groups in enumerate(LAYERS) for group in groups}
 
 #: Decisions and book-keeping: plain values in, plain values out, so the simulator can run them.
 PURE = (
+    "cluster/placement.py",
+    "cluster/scaling.py",
     "core.py",
     "errors.py",
     "grammar.py",
@@ -49,7 +51,9 @@ PURE = (
     "decode_worker/sequence.py",
     "decode_worker/turn.py",
     "router/admission.py",
+    "router/circuit_breaker.py",
     "router/decision.py",
+    "router/demand_meter.py",
     "router/facts.py",
     "router/fair_queue.py",
     "router/latency_model.py",
@@ -58,8 +62,10 @@ PURE = (
     "router/offer.py",
     "router/overload.py",
     "router/placement.py",
+    "router/planner.py",
     "router/policy.py",
     "router/prefix_index.py",
+    "router/retry_budget.py",
     "router/room.py",
     "router/snapshot.py",
     "router/tenants.py",
