@@ -15,25 +15,36 @@ from colm_serve.transport.host import ServiceThread
 
 
 class DecodeActor:
-    """Hosts one decode worker; it serves when the constructor returns."""
+    """Hosts one decode worker; it serves when the constructor returns.
 
-    def __init__(self, config: ClusterConfig, worker_id: str) -> None:
+    A standby holds chain 1 alone.
+    """
+
+    def __init__(self, config: ClusterConfig, worker_id: str, *, is_standby: bool = False) -> None:
         torch.set_num_threads(config.decode.num_threads)
         epoch = secrets.randbits(63)
         loaded = load_for_serving(
-            config.model, num_chains=None, with_head=True, weight_dtype=config.decode.weight_dtype
+            config.model,
+            num_chains=1 if is_standby else None,
+            with_head=True,
+            weight_dtype=config.decode.weight_dtype,
         )
         self._worker = DecodeWorker(loaded, config.decode, worker_id, epoch)
         service = DecodeService(self._worker, config.decode, config.tls)
         self._host = ServiceThread(service)
         self._member = Member(
-            WorkerKind.DECODE, worker_id, service.address, epoch, loaded.kv_identity
+            WorkerKind.DECODE, worker_id, service.address, epoch, loaded.kv_identity, is_standby
         )
 
     def describe(self) -> Member:
         """Who this is and where it listens; raises when the engine has failed."""
         self._worker.check_alive()
         return self._member
+
+    def num_requests(self) -> int:
+        """Under way here."""
+        status = self._worker.status()
+        return sum(status.num_running) + status.num_waiting
 
     def stop(self) -> None:
         self._host.stop()

@@ -33,5 +33,10 @@ class PrefillActor:
         self._worker.check_alive()
         return self._member
 
+    def num_requests(self) -> int:
+        """Under way here."""
+        status = self._worker.status()
+        return status.num_running + status.num_waiting
+
     def stop(self) -> None:
         self._host.stop()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from colm_serve.config import ClusterConfig
 from colm_serve.core import Membership
+from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.server import RouterService
 from colm_serve.transport.host import ServiceThread
 
@@ -38,6 +39,10 @@ class RouterActor:
 
     def update_membership(self, membership: Membership) -> None:
         self._service.update_membership(membership)
+
+    def load(self) -> tuple[tuple[Demand, ...], WorkerCosts | None]:
+        """What the planner decides on."""
+        return self._service.load()
 
     def stop(self) -> None:
         self._host.stop()

@@ -57,7 +57,8 @@ class ClusterView:
         return len(self._decode)
 
     def has_reachable_decode(self) -> bool:
-        return self.num_decode > 0
+        """Whether any worker can decode, a standby too."""
+        return self.num_decode > 0 or bool(self.standbys((), "").decode)
 
     def change(self) -> asyncio.Event:
         """Set at the next change of anything a policy could decide otherwise on."""
@@ -84,7 +85,9 @@ class ClusterView:
         for member in membership.members:
             if member not in foreign:
                 record = before.pop(member, None) or WorkerRecord(member, next(self._numbers))
+                record.is_draining = member in membership.draining
                 self._records[member] = record
+                self._rank(record)
         for record in before.values():
             self._decode.leave(record.number)
             self._prefill.leave(record.number)
@@ -166,7 +169,7 @@ class ClusterView:
 
     def snapshot(self) -> ClusterSnapshot:
         """All the workers that can be chosen, as they are now."""
-        states = [record.state() for record in self._records.values()]
+        states = [r.state() for r in self._records.values() if not r.member.is_standby]
         return ClusterSnapshot(
             decode=tuple(state for state in states if isinstance(state, DecodeState)),
             prefill=tuple(state for state in states if isinstance(state, PrefillState)),
@@ -180,6 +183,15 @@ class ClusterView:
             prefill=self._prefill.candidates(hashes, self._draw),
         )
 
+    def standbys(self, prompt: Sequence[int], cache_salt: str) -> ClusterSnapshot:
+        """The prefill workers that decode while nobody else does, all of them."""
+        records = (r for r in self._records.values() if r.member.is_standby)
+        states = (record.state() for record in records)
+        return ClusterSnapshot(
+            decode=tuple(state for state in states if isinstance(state, DecodeState)),
+            prefill=self._prefill.candidates(self._hashes(prompt, cache_salt), self._draw),
+        )
+
     def roomiest(self, prompt: Sequence[int], cache_salt: str) -> ClusterSnapshot:
         """The decode workers with the most room: none has more, as far as this router knows."""
         hashes = self._hashes(prompt, cache_salt)
@@ -190,7 +202,7 @@ class ClusterView:
 
     def _rank(self, record: WorkerRecord) -> None:
         """Take note of a worker after anything about it has changed."""
-        state = record.state()
+        state = None if record.member.is_standby else record.state()
         if state is None:
             self._decode.drop(record.number)
             self._prefill.drop(record.number)

@@ -75,7 +75,7 @@ class DemandMeter:
             computed_tokens=sums.num_computed_tokens / sums.num_finished,
             output_tokens=sums.num_output_tokens / sums.num_finished,
             min_level=sla.min_level,
-            max_level=sla.max_level or self._num_levels,
+            max_level=min(sla.max_level or self._num_levels, self._num_levels),
             ttft_s=None if sla.ttft_ms is None else sla.ttft_ms / 1000,
             tpot_s=None if sla.tpot_ms is None else sla.tpot_ms / 1000,
         )

@@ -50,6 +50,8 @@ class Metrics:
         self._success = counter("request_success", "Finished requests.", "finished_reason")
         self._errors = counter("request_errors", "Failed requests, by gRPC status.", "code")
         self._retries = counter("request_failovers", "Attempts that another one followed.")
+        self._denied = counter("retries_denied", "Failed for want of retry budget.")
+        self._circuits = counter("circuit_breakers_opened", "Workers left alone for a while.")
         self._moves = counter("level_moves", "Level changes in mid-text.", "why")
         for name, what, buckets in (
             ("ttft", "time to first token", _REQUEST_S),
@@ -102,6 +104,12 @@ class Metrics:
 
     def failed_over(self) -> None:
         self._retries.inc()
+
+    def retry_denied(self) -> None:
+        self._denied.inc()
+
+    def circuit_opened(self) -> None:
+        self._circuits.inc()
 
     def level_moved(self, why: str) -> None:
         """`why`: "down" or "up" by the router, "client"."""

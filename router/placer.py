@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from colm_serve.config import ClusterConfig
 from colm_serve.errors import ColmError, ResourceExhausted, TargetsMissed, Unavailable
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.decision import decide
+from colm_serve.router.failover import Failover
 from colm_serve.router.fair_queue import FairQueue
 from colm_serve.router.lifecycle import Clock
 from colm_serve.router.overload import at_least_level, idle_level, retry_after_s
@@ -41,6 +41,7 @@ class Placer:
         config: ClusterConfig,
         view: ClusterView,
         policy: Policy,
+        failover: Failover,
         tenants: Iterable[Tenant],
         *,
         clock: Clock,
@@ -49,6 +50,7 @@ class Placer:
         """`patience_s`: how long a request waits that has no target for its first token."""
         self._view = view
         self._policy = policy
+        self._failover = failover
         self._clock = clock
         self._patience_s = patience_s
         self._max_concurrent = config.router.max_concurrent
@@ -164,8 +166,10 @@ class Placer:
                 f"{len(self._placed)} requests are being served, the most this router takes"
             )
         request, salt = running.facts(), running.checked.cache_salt
-        placement = decide(self._policy, self._view, request, salt)
-        if placement.level < request.max_level:
+        placement = self._failover.decide(running)
+        if placement.decode.is_standby:
+            running.is_brownout = True
+        elif placement.level < request.max_level:
             cluster = self._view.candidates(request.prompt, salt)
             running.is_brownout = placement.level < idle_level(self._policy, request, cluster)
         self._placed.add(running.request_id)

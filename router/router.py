@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -22,16 +21,19 @@ from colm_serve.errors import (
 from colm_serve.router.admission import Admission
 from colm_serve.router.cluster_status import ClusterStatus, cluster_status
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.decision import decide
+from colm_serve.router.demand_meter import DemandMeter
 from colm_serve.router.detokenizer import Detokenizer
+from colm_serve.router.failover import Failover
 from colm_serve.router.level_loop import LevelLoop
 from colm_serve.router.lifecycle import Clock, Lifecycle
 from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.placer import Placer
+from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.policy import Placement, make_policy
 from colm_serve.router.poller import StatusPoller
 from colm_serve.router.request import (
+    Finished,
     GenerationEvent,
     GenerationRequest,
     Prompt,
@@ -43,8 +45,6 @@ from colm_serve.router.tenants import ANYBODY, Tenant, Tenants
 from colm_serve.router.tokenizer import Tokenizer
 from colm_serve.router.validation import Validator
 from colm_serve.router.worker_client import WorkerClients
-
-logger = logging.getLogger(__name__)
 
 #: How long a new request waits for a decode worker to appear: more than a restart takes.
 PATIENCE_S = 10.0
@@ -68,15 +68,12 @@ class Router:
         self._decode_text = None if tokenizer is None else tokenizer.decode
         self._token_bytes = _unknown if tokenizer is None else tokenizer.token_bytes
         self._clock = clock
-        self._max_attempts = config.router.max_attempts
+        self._meter = DemandMeter(config.sla_classes, model.num_levels, clock())
         self.tenants = Tenants(config.tenants)
         # As many again may be read and checked, so that nobody who waits keeps others out.
         max_under_way = 2 * config.router.max_concurrent + config.router.max_queued
         self._admission = Admission(max_under_way, self.tenants.all, clock)
-        self._policy = make_policy(config.router)
-        self._placer = Placer(
-            config, self.view, self._policy, self.tenants.all, clock=clock, patience_s=patience_s
-        )
+        policy = make_policy(config.router)
         self._clients = WorkerClients(config.tls)
         self._poller = StatusPoller(
             self.view,
@@ -85,6 +82,16 @@ class Router:
             timeout_s=config.router.status_timeout_s,
         )
         self._metrics = Metrics()
+        self._failover = Failover(config, self.view, policy, self._metrics, clock)
+        self._placer = Placer(
+            config,
+            self.view,
+            policy,
+            self._failover,
+            self.tenants.all,
+            clock=clock,
+            patience_s=patience_s,
+        )
         self._running: dict[str, RunningRequest] = {}
         is_adaptive = config.router.policy != "fixed_level"
         moves_per_s = config.router.level_moves_per_s if is_adaptive else 0.0
@@ -93,6 +100,7 @@ class Router:
     async def update_membership(self, membership: Membership) -> None:
         """Use a newer membership; requests at workers that have left go on elsewhere."""
         self._levels.start()
+        self._failover.update_membership(membership)
         await self._poller.update_membership(membership)
 
     async def close(self) -> None:
@@ -119,11 +127,17 @@ class Router:
         try:
             with self._admission.admit(tenant) as ticket:
                 running = await self._open(request, tenant, lifecycle)
+                self._meter.arrived(running.checked.sla_class, self._clock())
+                self._failover.request_came()
                 try:
                     ticket.reserve(len(running.checked.prompt), running.checked.sampling.max_tokens)
                     async with aclosing(self._serve(running)) as events:
                         async for event in events:
                             self._metrics.event(event, lifecycle)
+                            if isinstance(event, Finished):
+                                self._meter.finished(
+                                    running.checked.sla_class, event.usage, self._clock()
+                                )
                             yield event
                     if running.num_attempts == 1 and running.prediction is not None:
                         self._metrics.predicted(running.prediction, lifecycle)
@@ -165,6 +179,10 @@ class Router:
         """Requests under way."""
         return len(self._running)
 
+    def load(self) -> tuple[tuple[Demand, ...], WorkerCosts | None]:
+        """What a planner decides on."""
+        return self._meter.demands(self._clock()), WorkerCosts.of(self.view.snapshot())
+
     def status(self) -> ClusterStatus:
         return cluster_status(self.model, self.view)
 
@@ -191,10 +209,12 @@ class Router:
             try:
                 async with aclosing(self._attempt(running, placement)) as events:
                     async for event in events:
+                        if isinstance(event, Finished):
+                            self._failover.succeeded(placement)
                         yield event
                 return
             except (Unavailable, DataLoss, ResourceExhausted) as error:
-                self._note_failure(running, placement, error)
+                await self._failover.failed(running, placement, error)
         # The worker was gone after the last token, before it could say that it was the last.
         yield running.finished(reason, None)
 
@@ -249,31 +269,13 @@ class Router:
                 while True:
                     change = self.view.change()
                     try:
-                        salt = running.checked.cache_salt
-                        return decide(self._policy, self.view, running.facts(), salt)
+                        return self._failover.decide(running)
                     except (Unavailable, ResourceExhausted) as error:
                         trouble = error
                     await change.wait()
                     running.refused_by = frozenset()
         except TimeoutError as error:
             raise DeadlineExceeded(f"{trouble}; waited {patience_s:.1f} s") from error
-
-    def _note_failure(
-        self, running: RunningRequest, placement: Placement, error: ColmError
-    ) -> None:
-        """Learn from a failed attempt; raises its error when it was the last."""
-        logger.warning("%s at %s: %s", running.request_id, placement.decode.worker_id, error)
-        if isinstance(error, ResourceExhausted):
-            running.refused_by |= {placement.decode}
-        else:
-            running.failed_at |= {placement.decode}
-        if isinstance(error, Unavailable):
-            self.view.set_unreachable(placement.decode)
-        if running.reason_to_end() is not None:
-            return
-        if running.num_attempts >= self._max_attempts:
-            raise error
-        self._metrics.failed_over()
 
 
 def _unknown(token_id: int) -> bytes:

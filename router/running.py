@@ -114,12 +114,26 @@ class RunningRequest:
             failed_at=self.failed_at,
         )
 
+    @property
+    def _is_on_standby(self) -> bool:
+        return self._worker is not None and self._worker.is_standby
+
+    @property
+    def may_use_standby(self) -> bool:
+        """A text that has begun is worth more at level 1 than broken off."""
+        return self.is_resuming or self.facts().min_level == 1
+
+    def facts_at_level_1(self) -> RequestFacts:
+        """What a policy is to place on a standby, whatever level was asked for."""
+        return replace(self.facts(), min_level=1, max_level=1)
+
     def placed(self, placement: Placement) -> tuple[DecodeRequest, Work]:
         """Note an attempt; returns what to ask of the decode worker, and what that costs."""
         self.num_attempts += 1
-        self._level = placement.level
         self._worker, self.prediction = placement.decode, placement.prediction
         self._is_admitted = False
+        if not self._is_on_standby:
+            self._level = placement.level
         self._num_scored_by_call = 0
         self.lifecycle.reach(Stage.PLACED)
         prompt, max_tokens = self.tokens, self._max_tokens
@@ -153,8 +167,8 @@ class RunningRequest:
 
     @property
     def worker(self) -> Member | None:
-        """The decode worker that has it now."""
-        return None if self.call is None else self._worker
+        """The decode worker that has it now, if it is one that has other levels too."""
+        return None if self.call is None or self._is_on_standby else self._worker
 
     def row(self) -> Row:
         """What its level is to be decided on; it has one once it has been placed.
@@ -182,9 +196,12 @@ class RunningRequest:
         )
 
     async def move_level(self, level: int) -> None:
-        """Go to a level from the next token on, until it is moved again."""
+        """Go to a level from the next token on, until it is moved again.
+
+        A standby has level 1 only: the level is then that of the next decode worker.
+        """
         self._level = level
-        if self.call is not None:
+        if self.call is not None and not self._is_on_standby:
             await self.call.move_level(level)
 
     async def set_level(self, level: int) -> None:
@@ -194,13 +211,14 @@ class RunningRequest:
 
     def admitted(self, event: Admitted) -> Started | None:
         """The first admission is the client's start; later ones it never hears of."""
-        assert self._level is not None, "a request is placed before it is admitted"
         self._is_admitted = True
         self._num_cached = min(event.num_cached_tokens, len(self.checked.prompt))
         if self.lifecycle.has(Stage.ADMITTED):
             return None
         self.lifecycle.reach(Stage.ADMITTED)
-        return Started(self.request_id, self._model.name, self._level, self.is_brownout)
+        level = 1 if self._is_on_standby else self._level
+        assert level is not None, "a request is placed before it is admitted"
+        return Started(self.request_id, self._model.name, level, self.is_brownout)
 
     def scored(self, event: ScoredPrompt) -> ScoredPrompt:
         """The scores that the client has not had from a call before."""

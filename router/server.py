@@ -19,6 +19,7 @@ from colm_serve.model.config import ColmConfig
 from colm_serve.proto.colm.v1 import generation_pb2_grpc
 from colm_serve.router.http import make_app
 from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.router import Router
 from colm_serve.router.service import SERVICE_NAME, GenerationService
 from colm_serve.router.tokenizer import Tokenizer
@@ -70,6 +71,14 @@ class RouterService:
         """Tell the router who is in the cluster; from any thread, once started."""
         update = self._router.update_membership(membership)
         asyncio.run_coroutine_threadsafe(update, self._loop).add_done_callback(_raise)
+
+    def load(self) -> tuple[tuple[Demand, ...], WorkerCosts | None]:
+        """See `Router.load`; from any other thread, once started."""
+
+        async def ask() -> tuple[tuple[Demand, ...], WorkerCosts | None]:
+            return self._router.load()
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
 
     async def _start_grpc(self) -> None:
         router = self._config.router

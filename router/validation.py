@@ -41,6 +41,7 @@ class CheckedRequest:
     tpot_s: float | None
     deadline_s: float
     cache_salt: str
+    sla_class: str
     weight: float = 1.0
     #: Targets that the request itself names, rather than its class.
     own_targets: frozenset[str] = frozenset()
@@ -83,7 +84,8 @@ class Validator:
             UnknownModel: another model than the one served.
         """
         self._check_model(request.model)
-        sla = self._sla_class(request.sla_class, sla_classes)
+        sla_class = self._sla_class(request.sla_class, sla_classes)
+        sla = self._sla_classes[sla_class]
         min_level, max_level = self._levels(request, sla)
         sla = _with_own_targets(request, sla)
         _check_stop(request.stop)
@@ -106,6 +108,7 @@ class Validator:
             tpot_s=None if sla.tpot_ms is None else sla.tpot_ms / 1000,
             deadline_s=sla.deadline_s,
             weight=sla.weight,
+            sla_class=sla_class,
             own_targets=frozenset(t for t in _TARGETS if getattr(request, t) is not None),
             is_scored_only=_is_scored_only(request),
             cache_salt=request.cache_salt,
@@ -120,13 +123,13 @@ class Validator:
         if name not in ("", self._model.name):
             raise UnknownModel("model", name, self._model.name)
 
-    def _sla_class(self, name: str | None, own: Sequence[str]) -> SlaClass:
+    def _sla_class(self, name: str | None, own: Sequence[str]) -> str:
         if name is None:
             name = own[0] if own else self._default_sla_class
         allowed = own or sorted(self._sla_classes)
         if name not in allowed:
             raise InvalidArgument("sla_class", name, ", ".join(allowed))
-        return self._sla_classes[name]
+        return name
 
     def _levels(self, request: GenerationRequest, sla: SlaClass) -> tuple[int, int]:
         """The class's bounds, narrowed by the request's own."""

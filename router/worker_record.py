@@ -29,6 +29,7 @@ class WorkerRecord:
     number: int
     status: WorkerStatus | None = None
     is_reachable: bool = False
+    is_draining: bool = False
     placed: dict[str, _Placed] = field(default_factory=dict)
     outstanding: set[str] = field(default_factory=set)
     released: list[Work] = field(default_factory=list)
@@ -65,7 +66,7 @@ class WorkerRecord:
 
     def state(self) -> DecodeState | PrefillState | None:
         """What policies see of it; None while it cannot be chosen."""
-        if not self.is_reachable:
+        if not self.is_reachable or self.is_draining:
             return None
         match self.status:
             case DecodeStatus() as status:

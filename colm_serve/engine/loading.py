@@ -48,15 +48,16 @@ def load_for_serving(
     if device.type == "cpu":
         dtype = torch.float32 if weight_dtype == "auto" else _DTYPES[weight_dtype]
         loaded = load_cpu_model(folder, num_chains, with_head=with_head, weight_dtype=dtype)
-        _return_freed_memory()
+        return_freed_memory()
         return loaded
     if weight_dtype not in ("auto", "bfloat16"):
         raise InvalidConfig("decode.weight_dtype", weight_dtype, "auto or bfloat16 on a GPU")
     return load_model(folder, num_chains, with_head=with_head, dtype=torch.bfloat16, device=device)
 
 
-def _return_freed_memory() -> None:
-    # What unpacked weights took: of a chain 1 of 133 MB, 38 MB that glibc would keep.
+def return_freed_memory() -> None:
+    """Give the system what weights took that are gone."""
+    # Those that were unpacked: of a chain 1 of 133 MB, 38 MB that glibc would keep.
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

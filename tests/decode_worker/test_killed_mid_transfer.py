@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +21,7 @@ from tests.engine.paged import open_chain_1
 from tests.forked_worker import forked
 from tests.helpers import GREEDY, TINY, decode_service, generate_alone, make_prompt, prefill_service
 from tests.segments import num_segments
+from tests.trap import Trap
 from tests.worker_clients import decode_client, eventually, prefill_client
 
 CHUNK_TOKENS = 16
@@ -41,46 +41,19 @@ def points(seed: int) -> list[Any]:
     ]
 
 
-@dataclass
-class Trap:
-    """Calls `spring` when the thing it watches happens for the `point`-th time."""
-
-    point: int = 0
-    spring: Callable[[], object] = print
-    num_seen: int = 0
-
-    def set(self, point: int, spring: Callable[[], object]) -> None:
-        self.point, self.spring, self.num_seen = point, spring, 0
-
-    def see(self) -> None:
-        self.num_seen += 1
-        if self.num_seen == self.point:
-            self.spring()
-
-
 @pytest.fixture
 def on_received(monkeypatch: pytest.MonkeyPatch) -> Trap:
     """Sprung before a KV frame is written at the decode worker."""
-    trap, take = Trap(), FrameWriter._take
-
-    def take_and_see(writer: FrameWriter, *arguments: Any) -> None:
-        trap.see()
-        take(writer, *arguments)
-
-    monkeypatch.setattr(FrameWriter, "_take", take_and_see)
+    trap = Trap()
+    trap.watch(monkeypatch, FrameWriter, "_take")
     return trap
 
 
 @pytest.fixture
 def on_sent(monkeypatch: pytest.MonkeyPatch) -> Trap:
     """Sprung before a KV frame is packed at the prefill worker."""
-    trap, encode = Trap(), FramePacker._encode_kv
-
-    def encode_and_see(packer: FramePacker, *arguments: Any) -> bytes:
-        trap.see()
-        return encode(packer, *arguments)
-
-    monkeypatch.setattr(FramePacker, "_encode_kv", encode_and_see)
+    trap = Trap()
+    trap.watch(monkeypatch, FramePacker, "_encode_kv")
     return trap
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,13 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from colm_serve.client import AsyncClient
-from colm_serve.config import ClusterConfig, RouterConfig, SlaClass, TenantConfig
+from colm_serve.config import (
+    ClusterConfig,
+    RouterConfig,
+    SlaClass,
+    StandbyConfig,
+    TenantConfig,
+)
 from colm_serve.core import Member, Membership
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.router import Router
@@ -122,8 +129,10 @@ async def scripted_cluster(
     sla_classes: dict[str, SlaClass] | None = None,
     tenants: dict[str, TenantConfig] | None = None,
     api_key: str | None = None,
+    standby: StandbyConfig | None = None,
     has_tokenizer: bool = True,
     patience_s: float = 5.0,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[ScriptedCluster]:
     """A running cluster; fails on exit if a stream, a request or a task is left."""
     before = asyncio.all_tasks()
@@ -132,10 +141,12 @@ async def scripted_cluster(
         router=router or RouterConfig(status_interval_s=0.02),
         sla_classes=sla_classes or {"default": SlaClass()},
         tenants=tenants or {},
+        standby=standby or StandbyConfig(),
     )
     if has_tokenizer:
         save_tokenizer(config.model)
-    made = Router(config, model_facts(), Tokenizer.load(config.model), patience_s=patience_s)
+    tokenizer = Tokenizer.load(config.model)
+    made = Router(config, model_facts(), tokenizer, clock=clock, patience_s=patience_s)
     service = RouterService(config, lambda _: made)
     await service.start()
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}

@@ -9,7 +9,7 @@ from colm_serve.core import Member, Membership, WorkerKind
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.latency_model import Prediction
 from colm_serve.router.policy import Placement
-from colm_serve.router.snapshot import Work
+from colm_serve.router.snapshot import ClusterSnapshot, Work
 from tests.router.scripted import KV_IDENTITY, decode_status, prefill_status
 
 DECODE = Member(WorkerKind.DECODE, "d0", "127.0.0.1:1", 1, KV_IDENTITY)
@@ -116,3 +116,23 @@ def test_every_change_is_announced() -> None:
         act()
         assert change.is_set()
         assert not view.change().is_set()
+
+
+def test_a_draining_member_takes_no_new_request_and_keeps_what_it_has() -> None:
+    view = view_of(DECODE, PREFILL)
+    view.place("r", PLACEMENT, WORK)
+    view.apply(Membership(2, (DECODE, PREFILL), draining=frozenset({DECODE, PREFILL})))
+    assert view.snapshot() == view.candidates((), "") == ClusterSnapshot()
+    view.apply(Membership(3, (DECODE, PREFILL)))
+    assert view.snapshot().decode[0].outstanding == (WORK,)
+    assert len(view.snapshot().prefill) == 1
+
+
+def test_standbys_are_seen_only_when_asked_for() -> None:
+    standby = replace(DECODE, worker_id="p0-standby", is_standby=True)
+    view = view_of(DECODE, standby, PREFILL)
+    assert [state.member for state in view.snapshot().decode] == [DECODE]
+    standbys = view.standbys((), "")
+    assert [state.member for state in standbys.decode] == [standby]
+    assert standbys.prefill == view.snapshot().prefill
+    assert [state.member for state in view.candidates((), "").decode] == [DECODE]

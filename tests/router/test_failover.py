@@ -9,9 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from colm_serve.client import GenerationEvent, Token
-from colm_serve.config import RouterConfig, SlaClass
-from colm_serve.core import PrefillPeer
+from colm_serve.client import Finished, GenerationEvent, Started, Token
+from colm_serve.config import RouterConfig, SlaClass, StandbyConfig
+from colm_serve.core import PrefillPeer, StepCost
 from colm_serve.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from tests.router.cluster import ScriptedCluster, scripted_cluster
 from tests.router.scripted import (
@@ -160,3 +160,142 @@ async def test_simultaneous_requests_spread_before_any_status_tells(tmp_path: Pa
             worker.resume.set()
         await asyncio.gather(*tasks)
         assert [len(worker.requests) for worker in cluster.workers] == [3, 3]
+
+
+def standby(worker_id: str = "p0-standby") -> ScriptedDecode:
+    """A prefill worker's process that decodes too, with what it says of itself."""
+    status = decode_status(
+        worker_id=worker_id, num_levels=1, num_running=(0,), step_cost=StepCost((0.01,), (0.001,))
+    )
+    return ScriptedDecode(worker_id, status=status)
+
+
+async def lose_the_last_decode_worker(cluster: ScriptedCluster, spare: ScriptedDecode) -> None:
+    """Once it holds a request: it dies, and the controller turns to the prefill workers."""
+    await cluster.worker.held.wait()
+    await cluster.worker.stop()
+    cluster.workers.append(spare)
+    await cluster.join([replace(await spare.start(), is_standby=True)])
+
+
+SOON = StandbyConfig(after_s=0.01)
+
+
+@pytest.mark.parametrize("min_level", [1, 3])
+async def test_a_text_is_finished_at_level_1_when_no_decode_worker_is_left(
+    tmp_path: Path, min_level: int
+) -> None:
+    """Whatever level was asked for: a text that has begun is not lost."""
+    script = Script(hold_after=2)
+    async with scripted_cluster(tmp_path, script=script, standby=SOON) as cluster:
+        events: list[GenerationEvent] = []
+        async for event in cluster.client.generate(
+            token_ids=PROMPT, max_tokens=6, seed=1, min_level=min_level
+        ):
+            events.append(event)
+            if len(token_ids(events)) == 1 and isinstance(event, Token):
+                losing = asyncio.create_task(lose_the_last_decode_worker(cluster, standby()))
+        await losing
+        levels = [event.level for event in events if isinstance(event, Token)]
+        num_before = levels.count(3)
+        assert num_before in (1, 2)
+        assert levels == [3] * num_before + [1] * (6 - num_before)
+        before = continuation(PROMPT, num_before, 1, 3)
+        after = continuation((*PROMPT, *before), 6 - num_before, 1, 1)
+        assert token_ids(events) == before + after
+        assert [type(e) for e in events].count(Started) == 1
+        assert isinstance(events[-1], Finished)
+
+
+async def test_a_text_that_leaves_its_standby_goes_back_to_its_level(tmp_path: Path) -> None:
+    script = Script(hold_after=2)
+    async with scripted_cluster(tmp_path, script=script, standby=SOON) as cluster:
+        spare = standby()
+        spare.script = Script(hold_after=1)
+        losing = asyncio.create_task(lose_the_last_decode_worker(cluster, spare))
+        task = asyncio.create_task(generate(cluster))
+        await losing
+        await spare.held.wait()
+        back = ScriptedDecode("d1")
+        cluster.workers.append(back)
+        await cluster.join([await back.start()])
+        levels = [event.level for event in await task if isinstance(event, Token)]
+        num_before = levels.index(1)
+        assert levels == [3] * num_before + [1] + [3] * (5 - num_before)
+
+
+async def test_a_standby_is_left_alone_while_a_decode_worker_answers(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path, standby=SOON) as cluster:
+        spare = standby()
+        cluster.workers.append(spare)
+        member = replace(await spare.start(), is_standby=True)
+        await cluster.join([cluster.worker.member, member])
+        for _ in range(3):
+            await generate(cluster)
+        assert (len(cluster.worker.requests), len(spare.requests)) == (3, 0)
+
+
+@pytest.mark.parametrize(("min_level", "is_served"), [(1, True), (2, False)])
+async def test_a_new_request_takes_a_standby_only_if_level_1_will_do(
+    tmp_path: Path, min_level: int, is_served: bool
+) -> None:
+    async with scripted_cluster(tmp_path, num_decode=0, standby=SOON, patience_s=0.3) as cluster:
+        cluster.workers.append(standby())
+        await cluster.join([replace(await cluster.worker.start(), is_standby=True)])
+        stream = cluster.client.generate(
+            token_ids=PROMPT, max_tokens=6, seed=1, min_level=min_level
+        )
+        if not is_served:
+            with pytest.raises(Unavailable, match="no decode worker is reachable"):
+                await anext(stream)
+            return
+        events = [event async for event in stream]
+        assert isinstance(events[0], Started)
+        assert events[0].level == 1
+        assert token_ids(events) == continuation(PROMPT, 6, 1, 1)
+
+
+async def test_a_worker_that_keeps_failing_is_left_alone_until_a_probe_succeeds(
+    tmp_path: Path,
+) -> None:
+    """It breaks every text off, and answers every poll."""
+    now = [0.0]
+    router = RouterConfig(status_interval_s=0.02, breaker_failures=2, breaker_open_s=10)
+    async with scripted_cluster(
+        tmp_path, num_decode=2, router=router, clock=lambda: now[0]
+    ) as cluster:
+        bad, good = cluster.workers
+        bad.script = Script(fail_after=1, fail_with=grpc.StatusCode.DATA_LOSS)
+        expected = continuation(PROMPT, 6, 1, 3)
+        while len(bad.requests) < 2:
+            assert token_ids(await generate(cluster)) == expected
+        num_at_good = len(good.requests)
+        for _ in range(3):
+            assert token_ids(await generate(cluster)) == expected
+        assert (len(bad.requests), len(good.requests)) == (2, num_at_good + 3)
+        bad.script = Script()
+        await cluster.join([bad.member])
+        task = asyncio.create_task(generate(cluster))
+        for _ in range(3):
+            await cluster.router.view.change().wait()
+        assert len(bad.requests) == 2, "nobody else is there, but it is not asked yet"
+        now[0] = 10.0
+        assert token_ids(await task) == expected
+        assert len(bad.requests) == 3
+        assert b"colm:circuit_breakers_opened_total 1.0" in cluster.router.render_metrics()
+
+
+async def test_retries_are_a_share_of_the_requests(tmp_path: Path) -> None:
+    """A request that has had nothing yet fails; one that has waits for its retry."""
+    router = RouterConfig(status_interval_s=0.02, max_concurrent=1, retry_share=0.0)
+    async with scripted_cluster(tmp_path, num_decode=2, router=router) as cluster:
+        for worker in cluster.workers:
+            worker.script = Script(fail_start=grpc.StatusCode.UNAVAILABLE)
+        with pytest.raises(Unavailable, match="as scripted"):
+            await generate(cluster)
+        assert sum(len(worker.requests) for worker in cluster.workers) == 2
+        assert b"colm:retries_denied_total 1.0" in cluster.router.render_metrics()
+        await cluster.until(lambda: len(cluster.router.view.snapshot().decode) == 2)
+        for worker in cluster.workers:
+            worker.script = Script(fail_after=1, fail_with=grpc.StatusCode.DATA_LOSS)
+        assert token_ids(await generate(cluster, max_tokens=3)) == continuation(PROMPT, 3, 1, 3)
