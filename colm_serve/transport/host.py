@@ -27,7 +27,8 @@ class ServiceThread:
 
     def __init__(self, service: Service, start_timeout_s: float = 60.0) -> None:
         self._service = service
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
         self._thread.start()
         try:
@@ -51,8 +52,9 @@ class ServiceThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
+        # Ends the tasks first: a server that is stopped cancels its calls but awaits none of them,
+        # and a generator that is still being iterated cannot be closed.
+        self._runner.close()
 
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -71,3 +71,33 @@ def test_a_failed_start_surfaces_and_ends_the_thread() -> None:
 def test_a_start_that_hangs_is_bounded_and_ends_the_thread() -> None:
     with pytest.raises(TimeoutError):
         ServiceThread(Recorder(hangs=True), start_timeout_s=0.1)
+
+
+class Iterating(Recorder):
+    """A service that leaves a call behind which waits inside a generator."""
+
+    async def start(self) -> None:
+        await super().start()
+        self._call = asyncio.create_task(self._serve())
+        await asyncio.sleep(0)
+
+    async def _serve(self) -> None:
+        async for _ in self._items():
+            self.calls.append("item")
+
+    async def _items(self) -> AsyncIterator[int]:
+        try:
+            yield 1
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            self.calls.append("closed")
+
+
+def test_a_call_that_is_left_behind_is_ended_before_its_generator(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recorder = Iterating()
+    ServiceThread(recorder).stop()
+    assert recorder.calls == ["start", "item", "stop 2.0", "closed"]
+    assert caplog.records == []
