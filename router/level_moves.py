@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from colm_serve.core import StepCost
 
+#: From one look at the running requests to the next.
+INTERVAL_S = 0.25
 #: What is left of a target to one who has been slow, however slow: see `step_limit_s`.
-_LEAST_SHARE = 0.9
+LEAST_SHARE = 0.9
 #: Nobody goes up to where a step would take more of what is allowed.
 _ROOM_SHARE = 0.8
 #: For so long after a move down nobody goes up.
@@ -70,7 +72,7 @@ def step_limit_s(
     if tpot_s is None:
         return limit_s
     catching_up_s = (tpot_s * (num_done + num_left) - decode_s) / max(1, num_left)
-    return min(limit_s, tpot_s, max(catching_up_s, _LEAST_SHARE * tpot_s))
+    return min(limit_s, tpot_s, max(catching_up_s, LEAST_SHARE * tpot_s))
 
 
 class _Batch:

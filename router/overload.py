@@ -10,8 +10,17 @@ from dataclasses import replace
 from colm_serve.router.policy import Placement, Policy, RequestFacts
 from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState
 
+#: How long a new request waits for a decode worker to appear: more than a restart takes.
+PATIENCE_S = 10.0
+#: More than this is worth no request's delay: with many workers each is asked less often.
+MAX_POLLS_PER_S = 200.0
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 60.0
+
+
+def poll_interval_s(interval_s: float, num_workers: int) -> float:
+    """Seconds from one question for a worker's status to the next."""
+    return max(interval_s, num_workers / MAX_POLLS_PER_S)
 
 
 def idle_level(policy: Policy, request: RequestFacts, cluster: ClusterSnapshot) -> int:

@@ -10,12 +10,10 @@ from collections.abc import Awaitable, Callable
 from colm_serve.core import Member, Membership
 from colm_serve.errors import ColmError
 from colm_serve.router.cluster_view import ClusterView
+from colm_serve.router.overload import poll_interval_s
 from colm_serve.router.worker_client import WorkerClients
 
 logger = logging.getLogger(__name__)
-
-#: More than this is worth no request's delay: with many workers each is asked less often.
-MAX_POLLS_PER_S = 200.0
 
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -23,7 +21,7 @@ Sleep = Callable[[float], Awaitable[None]]
 class StatusPoller:
     """Keeps a ClusterView up to date; a hung worker delays the news of no other.
 
-    A worker is asked every `interval_s` seconds, or as often as `MAX_POLLS_PER_S` allows.
+    A worker is asked every `interval_s` seconds, or less often; see `overload.poll_interval_s`.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class StatusPoller:
             await self._sleep(self._wait_s())
 
     def _wait_s(self) -> float:
-        return max(self._interval_s, len(self._tasks) / MAX_POLLS_PER_S)
+        return poll_interval_s(self._interval_s, len(self._tasks))
 
     async def _end(self, members: list[Member]) -> None:
         tasks = [self._tasks.pop(member) for member in members]

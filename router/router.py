@@ -28,6 +28,7 @@ from colm_serve.router.level_loop import LevelLoop
 from colm_serve.router.lifecycle import Clock, Lifecycle
 from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.overload import PATIENCE_S
 from colm_serve.router.placer import Placer
 from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.policy import Placement, make_policy
@@ -45,9 +46,6 @@ from colm_serve.router.tenants import ANYBODY, Tenant, Tenants
 from colm_serve.router.tokenizer import Tokenizer
 from colm_serve.router.validation import Validator
 from colm_serve.router.worker_client import WorkerClients
-
-#: How long a new request waits for a decode worker to appear: more than a restart takes.
-PATIENCE_S = 10.0
 
 
 class Router:

@@ -106,6 +106,19 @@ class VirtualDecodeWorker:
             self._drop(sequence)
         self._wake()
 
+    @property
+    def step_s(self) -> float:
+        """Seconds of the step under way, and those to follow; 0 if there is none."""
+        return 0.0 if self._run is None else self._run.first_s
+
+    def num_output(self, sequence: VirtualSequence) -> int:
+        """Tokens that it has by now."""
+        return sequence.num_output + self._rows.num_new_tokens(sequence, self._num_steps_done)
+
+    @property
+    def _num_steps_done(self) -> int:
+        return 0 if self._run is None else self._run.num_done(self._clock.now)
+
     def local_load(self, sequence: VirtualSequence) -> LocalLoad:
         """What computing the tokens that the sequence lacks would cost, if that may be chosen."""
         most = sequence.num_missing
@@ -117,7 +130,6 @@ class VirtualDecodeWorker:
         )
 
     def status(self) -> DecodeStatus:
-        num_steps = 0 if self._run is None else self._run.num_done(self._clock.now)
         return DecodeStatus(
             worker_id=self.member.worker_id,
             epoch=self.member.epoch,
@@ -135,7 +147,7 @@ class VirtualDecodeWorker:
             num_preemptions=self.num_preemptions,
             num_drafted=0,
             num_accepted=0,
-            num_attended=self._rows.num_attended(num_steps),
+            num_attended=self._rows.num_attended(self._num_steps_done),
             transfer_cost=self._costs.transfer_cost,
         )
 

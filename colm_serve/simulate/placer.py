@@ -10,9 +10,8 @@ from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.decision import decide
 from colm_serve.router.facts import Placement
 from colm_serve.router.fair_queue import FairQueue
-from colm_serve.router.overload import at_least_level
+from colm_serve.router.overload import PATIENCE_S, at_least_level
 from colm_serve.router.policy import Policy
-from colm_serve.router.router import PATIENCE_S
 from colm_serve.router.tenants import ANYBODY
 from colm_serve.simulate.clock import VirtualClock
 from colm_serve.simulate.running import VirtualRequest

@@ -11,10 +11,13 @@ from colm_serve.errors import ColmError, InvalidConfig, ResourceExhausted
 from colm_serve.router.admission import Admission
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.facts import Placement
+from colm_serve.router.level_moves import INTERVAL_S
+from colm_serve.router.overload import poll_interval_s
 from colm_serve.router.policy import make_policy
 from colm_serve.router.tenants import ANYBODY
 from colm_serve.simulate.clock import VirtualClock
 from colm_serve.simulate.decode import VirtualDecodeWorker
+from colm_serve.simulate.level_loop import VirtualLevelLoop
 from colm_serve.simulate.outcomes import ClassOutcomes
 from colm_serve.simulate.placer import VirtualPlacer
 from colm_serve.simulate.prefill import VirtualPrefillWorker
@@ -47,6 +50,7 @@ class VirtualRouter:
             **decode,
             **prefill,
         }
+        self._poll_interval_s = poll_interval_s(config.router.status_interval_s, len(self._workers))
         self._num_levels = num_levels
         self._hop_s = hop_s
         max_under_way = 2 * config.router.max_concurrent + config.router.max_queued
@@ -54,6 +58,9 @@ class VirtualRouter:
         self._view = ClusterView(KV_IDENTITY, config.decode.page_size)
         policy = make_policy(config.router)
         self._placer = VirtualPlacer(config, self._view, policy, clock, self._place, self._refuse)
+        is_adaptive = config.router.policy != "fixed_level"
+        self._moves_per_s = config.router.level_moves_per_s if is_adaptive else 0.0
+        self._levels = VirtualLevelLoop(self._view, decode, self._moves_per_s)
         self._running: dict[str, OrderedDict[VirtualRequest, None]] = {
             name: OrderedDict() for name in config.sla_classes
         }
@@ -63,12 +70,17 @@ class VirtualRouter:
     def start(self, requests: Iterator[TracedRequest]) -> None:
         """Know all workers, and set the clock for the first request and the polls to come."""
         self._view.apply(Membership(1, tuple(self._workers)))
-        interval_s = self._config.router.status_interval_s
         for index, member in enumerate(self._workers):
             self._ask(member)
-            first = self._clock.now + interval_s * (index + 1) / len(self._workers)
+            first = self._clock.now + self._poll_interval_s * (index + 1) / len(self._workers)
             self._clock.at(first, self._poll, member)
+        if self._moves_per_s:
+            self._clock.at(self._clock.now + INTERVAL_S, self._move_levels)
         self._expect(requests)
+
+    @property
+    def num_level_moves(self) -> int:
+        return self._levels.num_moves
 
     @property
     def _is_over(self) -> bool:
@@ -78,8 +90,12 @@ class VirtualRouter:
         if not self._is_over:
             self._ask(member)
             self._placer.changed()
-            interval_s = self._config.router.status_interval_s
-            self._clock.at(self._clock.now + interval_s, self._poll, member)
+            self._clock.at(self._clock.now + self._poll_interval_s, self._poll, member)
+
+    def _move_levels(self) -> None:
+        if not self._is_over:
+            self._levels.move(self._clock.now)
+            self._clock.at(self._clock.now + INTERVAL_S, self._move_levels)
 
     def _ask(self, member: Member) -> None:
         counted = self._view.counted(member)
@@ -131,10 +147,11 @@ class VirtualRouter:
             self._forget(request)
 
     def _place(self, request: VirtualRequest, placement: Placement) -> None:
-        request.placement = placement
+        request.placement, request.level = placement, placement.level
         request.num_attempts += 1
-        prompt = request.traced.prompt()
-        self._view.place(request.request_id, placement, request.work(placement), prompt)
+        work = request.work(placement)
+        self._view.place(request.request_id, placement, work, request.prompt)
+        request.forget_prompt()
         self._clock.at(self._clock.now + self._hop_s, self._admit, request)
 
     def _admit(self, request: VirtualRequest) -> None:
@@ -159,6 +176,7 @@ class VirtualRouter:
             self._try_elsewhere(request, placement, error)
         else:
             self._view.admitted(request.request_id, placement)
+            self._levels.add(placement.decode, request)
 
     def _try_elsewhere(
         self, request: VirtualRequest, placement: Placement, error: ColmError
@@ -190,6 +208,7 @@ class VirtualRouter:
         del self._running[request.sla_name][request]
         if request.placement is not None:
             self._view.release(request.request_id, request.placement)
-            request.placement = None
+            self._levels.remove(request.placement.decode, request)
+            request.placement = request.sequence = None
         request.admission.close()
         self._placer.leave(request)

@@ -99,6 +99,12 @@ class Rows:
             counts[sequence.level - 1] += sequence.num_tokens
         return tuple(counts)
 
+    def num_new_tokens(self, sequence: VirtualSequence, num_steps: int) -> int:
+        """Tokens of a row that it is not told of yet, so many steps after the last ones."""
+        if self._lockstep is None or not sequence.is_in_lockstep:
+            return 0
+        return self._lockstep.num_steps + num_steps - sequence.at_step
+
     def tell_first_tokens(self, step_end: float) -> None:
         """Rows that make their first token in the step chosen know when that will be."""
         untold, self._untold = self._untold, []

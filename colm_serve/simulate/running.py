@@ -15,7 +15,7 @@ from colm_serve.simulate.trace import Block, TracedRequest
 
 @dataclass(eq=False, slots=True)
 class VirtualRequest:
-    """As `router.running.RunningRequest`; its prompt is made anew whenever it is looked at."""
+    """As `router.running.RunningRequest`; its prompt is kept only while it is being placed."""
 
     request_id: str
     traced: TracedRequest
@@ -28,11 +28,26 @@ class VirtualRequest:
     num_attempts: int = 0
     placement: Placement | None = None
     sequence: VirtualSequence | None = None
+    level: int = 0
+    _prompt: tuple[int, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        if not self._prompt:
+            self._prompt = self.traced.prompt()
+        return self._prompt
+
+    def forget_prompt(self) -> None:
+        self._prompt = ()
 
     @property
     def deadline(self) -> float:
         """Until when it may take."""
         return self.traced.arrival_s + self.sla.deadline_s
+
+    @property
+    def max_level(self) -> int:
+        return self.sla.max_level or self.num_levels
 
     @property
     def tpot_s(self) -> float | None:
@@ -46,10 +61,10 @@ class VirtualRequest:
 
     def facts(self, now: float) -> RequestFacts:
         return RequestFacts(
-            prompt=self.traced.prompt(),
+            prompt=self.prompt,
             max_tokens=self.traced.num_output_tokens,
             min_level=self.sla.min_level,
-            max_level=self.sla.max_level or self.num_levels,
+            max_level=self.max_level,
             ttft_s=None if self.sla.ttft_ms is None else self.sla.ttft_ms / 1e3,
             tpot_s=self.tpot_s,
             deadline_s=self.sla.deadline_s,

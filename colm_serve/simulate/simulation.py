@@ -54,6 +54,7 @@ class Simulation:
             duration_s=self._router.ended_at,
             num_workers=len(self.decode) + len(self.prefill),
             tokens_by_level=tuple(map(sum, tokens)),
+            num_level_moves=self._router.num_level_moves,
             num_preemptions=sum(worker.num_preemptions for worker in workers),
         )
 

@@ -7,7 +7,8 @@ import pytest
 
 from colm_serve.core import DecodeStatus, Member, Membership, WorkerKind
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.poller import MAX_POLLS_PER_S, StatusPoller
+from colm_serve.router.overload import MAX_POLLS_PER_S
+from colm_serve.router.poller import StatusPoller
 from colm_serve.router.worker_client import WorkerClients
 from tests.router.scripted import KV_IDENTITY, decode_status
 

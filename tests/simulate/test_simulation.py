@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from colm_serve.errors import InvalidConfig
+from colm_serve.simulate.command import with_policy
 from colm_serve.simulate.simulation import Simulation
 from colm_serve.simulate.synthetic import SyntheticTrace
 from colm_serve.simulate.trace import Trace
@@ -98,6 +99,23 @@ def test_a_shared_prefix_is_computed_once() -> None:
     simulation = Simulation(config, COSTS)
     simulation.run(trace)
     assert next(iter(simulation.prefill.values())).status().num_computed_tokens == 1607
+
+
+def test_requests_are_moved_down_in_a_burst_and_up_after_it() -> None:
+    trace = SyntheticTrace.model_validate(
+        {
+            "num_requests": 300,
+            "arrivals": {"kind": "bursty", "rate_per_s": 12, "burst_ratio": 10},
+            "kinds": [{"sla_class": "interactive", "output": {"mean": 100, "max": 400}}],
+        }
+    )
+    config = cluster_config(decode={"count": 2, "max_rows": 16})
+    moved = Simulation(config, COSTS).run(trace)
+    assert moved.num_level_moves > 10
+    assert min(moved.tokens_by_level) > 0
+    fixed = Simulation(with_policy(config, "level-3"), COSTS).run(trace)
+    assert (fixed.num_level_moves, fixed.tokens_by_level[:2]) == (0, (0, 0))
+    assert moved.total.attainment > fixed.total.attainment
 
 
 def test_a_level_that_was_not_measured_is_refused() -> None:
