@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from colm_serve.cluster.controller import ClusterView, Controller
-from colm_serve.cluster.placement import slots_of
+from colm_serve.cluster.placement import max_cpus
 from colm_serve.config import ClusterConfig
 from colm_serve.engine.sparse.sparsity import make_sparsity
 from colm_serve.errors import ColmError, Unavailable
@@ -82,7 +82,7 @@ def _init_ray(config: ClusterConfig) -> None:
     if config.ray.address != "local":
         ray.init(address=config.ray.address, **quiet)
         return
-    wanted = sum(slot.num_cpus for slot in slots_of(config))
+    wanted = max_cpus(config)
     # A laptop hosts the whole cluster: what Ray counts is places, not cores.
     num_cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))
     try:

@@ -31,7 +31,7 @@ class Slot:
 
     role: Role
     index: int
-    bundle: int  # in the placement group
+    bundle: int  # in its placement group
     num_cpus: float
     num_gpus: float
     num_threads: int
@@ -67,11 +67,31 @@ def slots_of(config: ClusterConfig) -> tuple[Slot, ...]:
 def _slots(config: ClusterConfig) -> Iterator[Slot]:
     yield Slot(Role.ROUTER, 0, 0, num_cpus=1.0, num_gpus=0.0, num_threads=1)
     bundle = 1
-    rooms: tuple[tuple[Role, WorkerConfig], ...] = (
-        (Role.PREFILL, config.prefill),
-        (Role.DECODE, config.decode),
-    )
-    for role, room in rooms:
+    for role, room in _rooms(config).items():
         for index in range(room.count):
             yield Slot(role, index, bundle, room.num_cpus, room.num_gpus, room.num_threads)
             bundle += 1
+
+
+def further_slot(config: ClusterConfig, role: Role, index: int) -> Slot:
+    """That of a worker which comes later, in a placement group of its own."""
+    room = _rooms(config)[role]
+    return Slot(role, index, 0, room.num_cpus, room.num_gpus, room.num_threads)
+
+
+def max_cpus(config: ClusterConfig) -> float:
+    """What the cluster reserves when it is as large as the planner may make it."""
+    slots = slots_of(config)
+    num_cpus = sum(slot.num_cpus for slot in slots)
+    if config.planner.enabled:
+        for role, most in (
+            (Role.PREFILL, config.planner.max_prefill),
+            (Role.DECODE, config.planner.max_decode),
+        ):
+            num_more = most - sum(slot.role is role for slot in slots)
+            num_cpus += max(0, num_more) * _rooms(config)[role].num_cpus
+    return num_cpus
+
+
+def _rooms(config: ClusterConfig) -> dict[Role, WorkerConfig]:
+    return {Role.PREFILL: config.prefill, Role.DECODE: config.decode}

@@ -1,4 +1,4 @@
-"""One real cluster on Ray for all system tests of a session."""
+"""A real cluster on Ray for the system tests of a module."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def cluster_config(model_folder: Path) -> ClusterConfig:
             "model": model_folder,
             "prefill": {"count": 2, "kv_tokens": 8192, "chunk_tokens": 128},
             "decode": {"count": 1, "kv_tokens": 16384, "local_prefill_tokens": 0},
+            "standby": {"enabled": False},
             "ray": {"health_interval_s": 0.3},
         }
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(cluster_config: ClusterConfig) -> Iterator[Cluster]:
     with Cluster(cluster_config) as cluster:
         yield cluster

@@ -1,0 +1,341 @@
+"""The cluster's actors: fill slots, replace the dead, let workers go, and tell the router.
+
+Ray places and ends processes; requests and KV never pass through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from colm_serve.cluster.convertible import ConvertibleActor
+from colm_serve.cluster.placement import Role, Slot, further_slot, slots_of
+from colm_serve.config import ClusterConfig
+from colm_serve.core import Member, Membership
+from colm_serve.decode_worker.actor import DecodeActor
+from colm_serve.errors import ColmError, Unavailable
+from colm_serve.router.actor import RouterActor, RouterAddresses
+
+logger = logging.getLogger(__name__)
+
+_ACTORS: dict[Role, type] = {
+    Role.ROUTER: RouterActor,
+    Role.PREFILL: ConvertibleActor,
+    Role.DECODE: DecodeActor,
+}
+_CALL_TIMEOUT_S = 10.0
+_MAX_BACKOFF_S = 30.0
+_IDLE_POLL_S = 0.1
+
+
+class Fleet:
+    """Every slot, its actor and the members there; belongs to one event loop.
+
+    `changed` is set whenever a worker has come, gone or begun to drain.
+    """
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._slots = list(slots_of(config))
+        self._num_made = Counter(slot.role for slot in self._slots)
+        self._groups: dict[Slot, PlacementGroup] = {}
+        self._actors: dict[Slot, Any] = {}
+        self._members: dict[Slot, Member] = {}
+        self._standbys: dict[Slot, Member] = {}
+        self._draining: set[Member] = set()
+        self._supervisors: dict[Slot, asyncio.Task[None]] = {}
+        self._version = 0
+        self._addresses: RouterAddresses | None = None
+        self.num_restarts = 0
+        self.changed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start every actor; returns when all serve.
+
+        Raises:
+            Unavailable: Ray has not the resources, or an actor did not come up in time.
+            ColmError: an actor refused to start, with its reason.
+        """
+        group = await self._reserve(self._slots)
+        self._groups = dict.fromkeys(self._slots, group)
+        # The router last: it is told of every worker before it opens its doors.
+        workers = [slot for slot in self._slots if slot.role is not Role.ROUTER]
+        await asyncio.gather(*(self._fill(slot) for slot in workers))
+        await self._fill(self.router)
+        for slot in self._slots:
+            self._supervise(slot)
+
+    async def stop(self) -> None:
+        """Stop the router, then the workers, then give the resources back."""
+        await asyncio.gather(*(self._leave_alone(slot) for slot in self._slots))
+        if self.router in self._actors:
+            await self._end(self.router)
+        await asyncio.gather(*(self._end(slot) for slot in tuple(self._actors)))
+        for group in set(self._groups.values()):
+            remove_placement_group(group)
+
+    @property
+    def addresses(self) -> RouterAddresses:
+        assert self._addresses is not None, "start comes first"
+        return self._addresses
+
+    @property
+    def router(self) -> Slot:
+        return next(slot for slot in self._slots if slot.role is Role.ROUTER)
+
+    @property
+    def standbys(self) -> dict[Slot, Member]:
+        """The prefill workers that decode too."""
+        return dict(self._standbys)
+
+    def membership(self) -> Membership:
+        members = (*(self._members[s] for s in self._slots if s in self._members),)
+        standbys = tuple(self._standbys.values())
+        return Membership(self._version, members + standbys, frozenset(self._draining))
+
+    def slots(self, role: Role) -> list[Slot]:
+        """Those that are to stay, oldest first, with a member or without."""
+        draining = {slot for slot, m in self._members.items() if m in self._draining}
+        return [s for s in self._slots if s.role is role and s not in draining]
+
+    def has_member(self, slot: Slot) -> bool:
+        return slot in self._members
+
+    async def call(
+        self, slot: Slot, method: str, *arguments: object, timeout_s: float = _CALL_TIMEOUT_S
+    ) -> Any:
+        """Call a method of a slot's actor.
+
+        Raises:
+            Unavailable: it is gone, or does not answer in time.
+            ColmError: what it raised.
+        """
+        actor = self._actors.get(slot)
+        if actor is None:
+            raise Unavailable(f"{slot.worker_id} is gone")
+        try:
+            return await asyncio.wait_for(getattr(actor, method).remote(*arguments), timeout_s)
+        except TimeoutError as error:
+            raise Unavailable(f"{slot.worker_id}: no {method} within {timeout_s} s") from error
+        except ray.exceptions.RayError as error:
+            raise _reason(slot, error) from error
+
+    async def add(self, role: Role) -> None:
+        """A further worker, in a place of its own; raises as `start` does."""
+        slot = further_slot(self._config, role, self._next_index(role))
+        self._groups[slot] = await self._reserve([slot])
+        self._slots.append(slot)
+        try:
+            await self._fill(slot)
+        except ColmError:
+            await self._forget(slot)
+            raise
+        self._supervise(slot)
+
+    async def remove(self, slot: Slot) -> None:
+        """Let a worker end what it has, for as long as `ray.drain_s`, and give its place back."""
+        await self._leave_alone(slot)
+        if (member := self._members.get(slot)) is not None:
+            await self.drain(member)
+            await self._until_idle(slot)
+        await self._forget(slot)
+
+    async def convert(self, slot: Slot) -> None:
+        """Have a prefill worker's process load every chain and go on as a decode worker.
+
+        Raises:
+            ColmError: it could not, and is replaced by a prefill worker.
+        """
+        await self._leave_alone(slot)
+        decode = replace(slot, role=Role.DECODE, index=self._next_index(Role.DECODE))
+        timeout_s = self._config.ray.start_timeout_s
+        if (prefill := self._members.get(slot)) is not None:
+            await self.drain(prefill)
+        try:
+            member = await self.call(slot, "become_decode", decode.worker_id, timeout_s=timeout_s)
+        except ColmError:
+            await self._evict(slot)
+            self._supervise(slot)
+            raise
+        await self.stop_standby(slot)
+        self._withdraw(slot)
+        self._slots.remove(slot)
+        self._slots.append(decode)
+        self._actors[decode] = self._actors.pop(slot)
+        self._groups[decode] = self._groups.pop(slot)
+        self._members[decode] = member
+        await self._publish()
+        self._supervise(decode)
+
+    async def drain(self, member: Member) -> None:
+        """Give a worker no new requests."""
+        if member not in self._draining:
+            self._draining.add(member)
+            await self._publish()
+
+    async def undrain(self, member: Member) -> None:
+        """Give a worker new requests again."""
+        if member in self._draining:
+            self._draining.remove(member)
+            await self._publish()
+
+    async def start_standby(self, slot: Slot) -> None:
+        """Have a prefill worker's process decode too; raises as `call`."""
+        timeout_s = self._config.ray.start_timeout_s
+        self._standbys[slot] = await self.call(slot, "start_standby", timeout_s=timeout_s)
+        await self._publish()
+
+    async def stop_standby(self, slot: Slot) -> None:
+        """Have it give the memory back; texts that still run there move. Raises as `call`."""
+        if (member := self._standbys.pop(slot, None)) is not None:
+            self._draining.discard(member)
+            await self._publish()
+            await self.call(slot, "stop_standby")
+
+    async def _reserve(self, slots: list[Slot]) -> PlacementGroup:
+        wanted = [slot.resources for slot in slots]
+        group = placement_group(wanted, strategy="PACK")
+        timeout_s = self._config.ray.start_timeout_s
+        try:
+            await asyncio.wait_for(group.ready(), timeout_s)
+        except TimeoutError as error:
+            remove_placement_group(group)
+            raise Unavailable(
+                f"Ray could not place {len(wanted)} actors within {timeout_s} s: wanted {wanted}, "
+                f"the cluster has {ray.cluster_resources()}"
+            ) from error
+        return group
+
+    async def _fill(self, slot: Slot) -> None:
+        """Put a fresh actor into a slot and let the router know."""
+        options = {
+            "num_cpus": slot.num_cpus,
+            "num_gpus": slot.num_gpus,
+            "max_concurrency": 4,
+            "runtime_env": {"env_vars": slot.environment},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self._groups[slot], placement_group_bundle_index=slot.bundle
+            ),
+        }
+        actor = ray.remote(_ACTORS[slot.role]).options(**options)
+        self._actors[slot] = actor.remote(*self._arguments(slot))
+        timeout_s = self._config.ray.start_timeout_s
+        description = await self.call(slot, "describe", timeout_s=timeout_s)
+        if slot.role is Role.ROUTER:
+            self._addresses = description
+        else:
+            self._members[slot] = description
+        await self._publish()
+
+    def _arguments(self, slot: Slot) -> tuple[Any, ...]:
+        if slot.role is not Role.ROUTER:
+            return (self._config, slot.worker_id)
+        if self._addresses is None:
+            return (self._config,)
+        # A router that is replaced listens where its clients know it.
+        ports = {"grpc_port": self._addresses.grpc_port, "http_port": self._addresses.http_port}
+        router = self._config.router.model_copy(update=ports)
+        return (self._config.model_copy(update={"router": router}),)
+
+    def _next_index(self, role: Role) -> int:
+        self._num_made[role] += 1
+        return self._num_made[role] - 1
+
+    def _supervise(self, slot: Slot) -> None:
+        self._supervisors[slot] = asyncio.create_task(self._watch(slot))
+
+    async def _leave_alone(self, slot: Slot) -> None:
+        """End a slot's supervision: from now on it is not filled again."""
+        if (task := self._supervisors.pop(slot, None)) is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _watch(self, slot: Slot) -> None:
+        """Watch a slot's actor; evict it when it dies or its engine fails, and replace it."""
+        backoff_s = self._config.ray.health_interval_s
+        is_filled = slot in self._actors
+        while True:
+            await asyncio.sleep(backoff_s)
+            try:
+                if is_filled:
+                    await self.call(slot, "describe")
+                else:
+                    self.num_restarts += 1
+                    await self._fill(slot)
+                    is_filled = True
+                backoff_s = self._config.ray.health_interval_s
+            except ColmError as error:
+                logger.warning("%s is gone: %s", slot.worker_id, error)
+                if not is_filled:
+                    backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+                is_filled = False
+                await self._evict(slot)
+
+    async def _until_idle(self, slot: Slot) -> None:
+        """Wait for a draining worker's last request, no longer than it may take; or its end."""
+        try:
+            async with asyncio.timeout(self._config.ray.drain_s):
+                while await self.call(slot, "num_requests"):
+                    await asyncio.sleep(_IDLE_POLL_S)
+        except (TimeoutError, Unavailable) as error:
+            logger.warning("%s is ended with requests under way: %s", slot.worker_id, error)
+
+    async def _evict(self, slot: Slot) -> None:
+        """Whatever is in the slot is no member any more, and gets no time to end."""
+        self._withdraw(slot)
+        if (actor := self._actors.pop(slot, None)) is not None:
+            ray.kill(actor)
+        await self._publish()
+
+    async def _forget(self, slot: Slot) -> None:
+        """End what is in a slot and give its place back."""
+        self._withdraw(slot)
+        await self._publish()
+        if slot in self._actors:
+            await self._end(slot)
+        self._slots.remove(slot)
+        group = self._groups.pop(slot)
+        # The places of a group that was reserved as one are given back as one.
+        if group not in self._groups.values():
+            remove_placement_group(group)
+
+    def _withdraw(self, slot: Slot) -> None:
+        """Take a slot's members out of the membership."""
+        for members in (self._members, self._standbys):
+            if (member := members.pop(slot, None)) is not None:
+                self._draining.discard(member)
+
+    async def _end(self, slot: Slot) -> None:
+        try:
+            await self.call(slot, "stop")
+        except ColmError as error:
+            logger.warning("%s did not stop by itself: %s", slot.worker_id, error)
+        ray.kill(self._actors.pop(slot))
+
+    async def _publish(self) -> None:
+        self._version += 1
+        self.changed.set()
+        if self.router not in self._actors:
+            return
+        try:
+            await self.call(self.router, "update_membership", self.membership())
+        except ColmError as error:
+            # Its own supervisor replaces it, and a fresh router is told first thing.
+            logger.warning("the router missed membership %d: %s", self._version, error)
+
+
+def _reason(slot: Slot, error: ray.exceptions.RayError) -> ColmError:
+    """The error that an actor raised, out of Ray's wrapping."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ColmError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return Unavailable(f"{slot.worker_id}: {error}")
