@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from colm_serve.errors import InvalidArgument, TargetsMissed
 from colm_serve.router.facts import Placement, RequestFacts
 from colm_serve.router.latency_model import (
-    Load,
     Prediction,
     idle_prediction,
     prefilled_s,
     prompt_s,
 )
+from colm_serve.router.load import TokenTimes
 from colm_serve.router.room import RETRY_AFTER_S
 from colm_serve.router.snapshot import DecodeState, PrefillState
 
@@ -44,24 +44,22 @@ class Offers:
     def __init__(self, request: RequestFacts, prefill: Sequence[PrefillState]) -> None:
         self._request = request
         self._prefill = prefill
+        self._num_attended = request.num_attended
         num_prompt = len(request.prompt)
         self._prefilled_s = prefilled_s(prefill[0], num_prompt) if prefill else None
 
     def at(self, state: DecodeState, level: int) -> Offer:
         """This level, whatever becomes of the targets."""
-        tpots = Load.of(state).tpot_s_with(state.status, self._request.num_attended)
-        return Offer(state, level, self._prediction(self._prompt_s(state), tpots[level - 1]))
+        return Offer(state, level, self._prediction(self._prompt_s(state), state.times, level))
 
     def highest(self, state: DecodeState) -> Offer:
         """The highest level at which the worker keeps all targets, else the request's lowest."""
-        request, load, first_s = self._request, Load.of(state), self._prompt_s(state)
-        tpots = load.tpot_s_with(state.status, request.num_attended)
+        request, first_s = self._request, self._prompt_s(state)
         for level in range(request.max_level, request.min_level - 1, -1):
-            prediction = self._prediction(first_s, tpots[level - 1])
+            prediction = self._prediction(first_s, state.times, level)
             if self._keeps(state, prediction) and self._is_done_in_time(prediction):
                 return Offer(state, level, prediction)
-        tpots = load.lowered(state.placed).tpot_s_with(state.status, request.num_attended)
-        prediction = self._prediction(first_s, tpots[request.min_level - 1])
+        prediction = self._prediction(first_s, state.lowered_times, request.min_level)
         is_kept = self._keeps(state, prediction)
         return Offer(state, request.min_level, prediction, is_kept, lowers_others=True)
 
@@ -104,7 +102,8 @@ class Offers:
     def _prompt_s(self, state: DecodeState) -> float:
         return prompt_s(state, self._prefilled_s, len(self._request.prompt))
 
-    def _prediction(self, first_s: float, tpot_s: float) -> Prediction:
+    def _prediction(self, first_s: float, times: TokenTimes, level: int) -> Prediction:
+        tpot_s = times.tpot_s(level, self._num_attended)
         return Prediction(first_s + tpot_s, tpot_s)
 
     def _keeps(self, state: DecodeState, prediction: Prediction) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Generic, TypeVar
 
 from colm_serve.router.prefix_index import PrefixIndex
@@ -125,4 +124,4 @@ class WorkerGroup(Generic[State]):
         state = self._states[worker]
         if (num_blocks := matches.get(worker)) is None:
             return state
-        return replace(state, num_matched_tokens=num_blocks * self._block_tokens)
+        return state.for_prompt(num_blocks * self._block_tokens)

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from colm_serve.core import DecodeStatus, Member, PrefillStatus
+from colm_serve.router.load import Load, TokenTimes, Work
 
-
-@dataclass(frozen=True)
-class Work:
-    """One request that this router has placed on a worker; it may be moved to `min_level`."""
-
-    level: int
-    num_prompt_tokens: int
-    max_tokens: int
-    tpot_s: float | None = None
-    min_level: int = 1
-
-    def num_reserved_tokens(self, expected_output_tokens: int) -> int:
-        """What a worker that expects so much output reserves pages for."""
-        return self.num_prompt_tokens + min(self.max_tokens, expected_output_tokens)
+__all__ = ["ClusterSnapshot", "DecodeState", "PrefillState", "Work"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +27,34 @@ class DecodeState:
     tpot_s: float | None = None
     num_matched_tokens: int = 0
 
+    @cached_property
+    def load(self) -> Load:
+        """By this router's own account, unless others have requests there too."""
+        status = self.status
+        num_there = sum(status.num_running) + status.num_waiting + len(self.outstanding)
+        if num_there <= len(self.placed):
+            return Load.of_work(self.placed, status.num_levels)
+        sent = Load.of_work(self.outstanding, status.num_levels)
+        return Load.of_status(status).plus(sent)
+
+    @cached_property
+    def times(self) -> TokenTimes:
+        """What tokens take as things are."""
+        return TokenTimes(self.load, self.status.step_cost, self.status.max_rows)
+
+    @cached_property
+    def lowered_times(self) -> TokenTimes:
+        """What they take once all that this router has there runs at the lowest level it may."""
+        load = self.load.lowered(self.placed)
+        return TokenTimes(load, self.status.step_cost, self.status.max_rows)
+
+    def for_prompt(self, num_matched_tokens: int) -> DecodeState:
+        """The same for a prompt of which so many tokens are believed to be cached there."""
+        state = replace(self, num_matched_tokens=num_matched_tokens)
+        # These do not depend on the prompt, and are worked out once for many.
+        state.__dict__.update(load=self.load, times=self.times)
+        return state
+
 
 @dataclass(frozen=True)
 class PrefillState:
@@ -50,6 +67,10 @@ class PrefillState:
     status: PrefillStatus
     num_outstanding_tokens: int = 0
     num_matched_tokens: int = 0
+
+    def for_prompt(self, num_matched_tokens: int) -> PrefillState:
+        """The same for a prompt of which so many tokens are believed to be cached there."""
+        return replace(self, num_matched_tokens=num_matched_tokens)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ PURE = (
     "router/fair_queue.py",
     "router/latency_model.py",
     "router/level_moves.py",
+    "router/load.py",
     "router/level_headers.py",
     "router/offer.py",
     "router/overload.py",

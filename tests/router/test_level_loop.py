@@ -29,6 +29,12 @@ async def levels(
     return got
 
 
+async def moved_to(cluster: ScriptedCluster, moves: list[int]) -> None:
+    async with asyncio.timeout(5):
+        while cluster.worker.moves != moves:
+            await asyncio.sleep(0.01)
+
+
 async def test_who_runs_goes_down_for_who_comes(tmp_path: Path) -> None:
     script = Script(hold_after=2)
     async with scripted_cluster(tmp_path, script=script, sla_classes=CLASSES) as cluster:
@@ -36,9 +42,7 @@ async def test_who_runs_goes_down_for_who_comes(tmp_path: Path) -> None:
         first = asyncio.create_task(levels(cluster, started, "default"))
         await started.get()
         second = asyncio.create_task(levels(cluster, started, "chat"))
-        async with asyncio.timeout(5):
-            while cluster.worker.moves != [1]:
-                await asyncio.sleep(0.01)
+        await moved_to(cluster, [1])
         cluster.worker.resume.set()
         assert await first == [3, 3, 1, 1, 1, 1]
         assert await second == [1] * 6
@@ -66,14 +70,14 @@ async def test_who_was_put_at_a_level_by_its_client_stays_there(tmp_path: Path) 
     async with scripted_cluster(tmp_path, script=script, sla_classes=CLASSES) as cluster:
         started: asyncio.Queue[str] = asyncio.Queue()
         first = asyncio.create_task(levels(cluster, started, "default"))
-        await cluster.client.set_level(await started.get(), 3)
-        # As long as its status lacks the first one, the worker is taken to have no room for chat.
-        await cluster.until(lambda: not cluster.router.view.records[0].outstanding)
+        first_id = await started.get()
         second = asyncio.create_task(levels(cluster, started, "chat"))
-        await started.get()
+        await moved_to(cluster, [1])
+        await cluster.client.set_level(first_id, 3)
         for _ in range(3):
             cluster.router._levels.move()
+        await moved_to(cluster, [1, 3])
         cluster.worker.resume.set()
         assert await first == [3] * 6
-        await second
-        assert cluster.worker.moves == [3]
+        assert await second == [1] * 6
+        assert cluster.worker.moves == [1, 3]

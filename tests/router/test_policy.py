@@ -11,7 +11,7 @@ from colm_serve.config import RouterConfig
 from colm_serve.core import Member, StepCost, TransferCost, WorkerKind
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
 from colm_serve.router.facts import RequestFacts
-from colm_serve.router.latency_model import Load
+from colm_serve.router.load import Load
 from colm_serve.router.offer import Offers
 from colm_serve.router.policy import adaptive as place
 from colm_serve.router.policy import aggregated, fixed_level, make_policy
@@ -99,7 +99,7 @@ def test_level(request_changes: Any, state_changes: Any, level: int) -> None:
 def test_outstanding_work_counts_as_running() -> None:
     work = Work(level=3, num_prompt_tokens=10, max_tokens=10)
     state = decode(outstanding=(work,))
-    assert Load.of(state) == Load((1, 1, 1), (10, 10, 10))
+    assert state.load == Load((1, 1, 1), (15, 15, 15))
     assert place(facts(tpot_s=0.032), cluster(state)).level == 2
 
 
