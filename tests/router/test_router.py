@@ -13,7 +13,7 @@ from colm_serve.client import Finished, GenerationEvent, Started, Token
 from colm_serve.config import SlaClass
 from colm_serve.core import FinishReason
 from tests.router.cluster import MODEL, ScriptedCluster, scripted_cluster, until_closed
-from tests.router.scripted import Script, continuation
+from tests.router.scripted import Script, continuation, decode_status
 
 PROMPT = (10, 11, 12)
 
@@ -193,3 +193,27 @@ async def test_a_moved_request_keeps_its_level_through_failover(tmp_path: Path) 
                 if isinstance(event, Token):
                     levels.append(event.level)
         assert levels == [3, 3, 2, 2, 2, 2]
+
+
+async def test_a_conversation_stays_where_its_prefix_is(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path, num_decode=3) as cluster:
+        first, second, _ = cluster.workers
+        busy = first.status = decode_status(worker_id="d0", num_running=(0, 0, 2))
+        await cluster.until(lambda: cluster.router.view.snapshot().decode[0].status == busy)
+        conversation = list(range(20, 84))
+        events = await generate(cluster, token_ids=conversation, max_tokens=8)
+        conversation += [*token_ids(events), 5, 6, 7]
+        assert len(second.requests) == 1
+        idle = first.status = decode_status(worker_id="d0")
+        await cluster.until(lambda: cluster.router.view.snapshot().decode[0].status == idle)
+        await generate(cluster, token_ids=conversation, max_tokens=8)
+        assert [len(worker.requests) for worker in cluster.workers] == [0, 2, 0]
+        await generate(cluster, token_ids=conversation[1:], max_tokens=8)
+        assert [len(worker.requests) for worker in cluster.workers] == [1, 2, 0]
+
+
+async def test_choices_go_where_the_first_one_left_the_prompt(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path, num_decode=3) as cluster:
+        body = {"prompt": list(range(20, 116)), "max_tokens": 4, "n": 3}
+        assert (await cluster.http.post("/v1/completions", json=body)).status_code == 200
+        assert sorted(len(worker.requests) for worker in cluster.workers) == [0, 0, 3]
