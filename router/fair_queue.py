@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
 
+#: Items that are aside at a time: each is tried anew at every change.
+MAX_ASIDE = 4
+
 Item = TypeVar("Item", bound=Hashable)
 
 

@@ -10,15 +10,12 @@ from colm_serve.config import ClusterConfig
 from colm_serve.errors import ColmError, ResourceExhausted, TargetsMissed, Unavailable
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.failover import Failover
-from colm_serve.router.fair_queue import FairQueue
+from colm_serve.router.fair_queue import MAX_ASIDE, FairQueue
 from colm_serve.router.lifecycle import Clock
 from colm_serve.router.overload import at_least_level, idle_level, retry_after_s
 from colm_serve.router.policy import Placement, Policy
 from colm_serve.router.running import RunningRequest
 from colm_serve.router.tenants import Tenant
-
-#: Waiting requests that are tried anew at every change, beside the first.
-MAX_ASIDE = 4
 
 
 class _Turn:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from colm_serve.config import ClusterConfig
-from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
+from colm_serve.errors import InvalidArgument, ResourceExhausted, TargetsMissed, Unavailable
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.decision import decide
 from colm_serve.router.facts import Placement
-from colm_serve.router.fair_queue import FairQueue
+from colm_serve.router.fair_queue import MAX_ASIDE, FairQueue
 from colm_serve.router.overload import PATIENCE_S, at_least_level
 from colm_serve.router.policy import Policy
 from colm_serve.router.tenants import ANYBODY
@@ -52,15 +52,16 @@ class VirtualPlacer:
 
     def enter(self, request: VirtualRequest) -> None:
         """Place a request, or let it wait while it can still have its first token in time."""
+        if self._waiting:
+            self._wait(request)
+            self.changed()
+            return
         try:
-            placement = None if self._waiting else self._decide(request)
+            placement = self._decide(request)
         except (Unavailable, ResourceExhausted):
-            placement = None
+            self._wait(request)
         except InvalidArgument:
             self._refuse(request)
-            return
-        if placement is None:
-            self._wait(request)
         else:
             self._queue.serve_at_once(ANYBODY.name, self._cost(request))
             self._place(request, placement)
@@ -79,17 +80,25 @@ class VirtualPlacer:
 
     def _try_waiting(self) -> None:
         self._is_change_due = False
+        aside: list[VirtualRequest] = []
         while (head := self._queue.head()) is not None:
             head.refused_by = frozenset()
             try:
                 placement = self._decide(head)
+            except TargetsMissed:
+                if len(aside) == MAX_ASIDE:
+                    break
+                self._queue.set_aside(head)
+                aside.append(head)
             except (Unavailable, ResourceExhausted):
-                return
+                break
             except InvalidArgument:
                 self._give_up(head)
-                continue
-            self._waiting.discard(self._queue.pop())
-            self._place(head, placement)
+            else:
+                self._waiting.discard(self._queue.pop())
+                self._place(head, placement)
+        for request in aside:
+            self._queue.recall(request)
 
     def _wait(self, request: VirtualRequest) -> None:
         now = self._clock.now
