@@ -51,7 +51,7 @@ def _worker_state(record: WorkerRecord) -> WorkerState:
         num_preemptions = 0
         num_running = 0 if status is None else status.num_running
     return WorkerState(
-        kind=member.kind.value,
+        kind="standby" if member.is_standby else member.kind.value,
         worker_id=member.worker_id,
         address=member.address,
         epoch=member.epoch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,3 +35,15 @@ class Trap:
             return method(*arguments)
 
         patch.setattr(owner, name, see_and_call)
+
+
+@dataclass
+class StuckAfter:
+    """Lets so many calls through and holds the next for ever, in whichever process it is."""
+
+    num_calls: int
+
+    def __call__(self) -> None:
+        if self.num_calls == 0:
+            threading.Event().wait()
+        self.num_calls -= 1

@@ -20,7 +20,7 @@ from tests.forked_worker import forked
 from tests.helpers import generate_alone, make_model_folder, make_prompt
 
 NUM_STREAMS = 4
-MAX_TOKENS = 60
+MAX_TOKENS = 120
 
 
 @pytest.fixture(scope="module")

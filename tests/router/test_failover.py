@@ -233,6 +233,8 @@ async def test_a_standby_is_left_alone_while_a_decode_worker_answers(tmp_path: P
         for _ in range(3):
             await generate(cluster)
         assert (len(cluster.worker.requests), len(spare.requests)) == (3, 0)
+        status = await cluster.client.status()
+        assert [worker.kind for worker in status.workers] == ["decode", "standby"]
 
 
 @pytest.mark.parametrize(("min_level", "is_served"), [(1, True), (2, False)])
