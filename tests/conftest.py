@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here; it must be chosen before Triton is imported."""
+"""How all tests run: kernels in Triton's interpreter, files and Ray's tests each in one process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+# Before Triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SYSTEM = Path(__file__).parent / "system"
