@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from colm_serve.errors import InvalidArgument, ResourceExhausted
+from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.policy import Placement, Policy, RequestFacts
 
@@ -15,7 +15,7 @@ def decide(policy: Policy, view: ClusterView, request: RequestFacts, cache_salt:
     candidates = view.candidates(request.prompt, cache_salt)
     try:
         return policy(request, candidates)
-    except (ResourceExhausted, InvalidArgument):
+    except (Unavailable, ResourceExhausted, InvalidArgument):
         if len(candidates.decode) == view.num_decode:
             raise
     return policy(request, view.roomiest(request.prompt, cache_salt))

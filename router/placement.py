@@ -18,7 +18,7 @@ NUM_MATCHES = 2
 NUM_LEAST_LOADED = 2
 NUM_RANDOM = 1
 #: Looked at before a request is refused.
-NUM_ROOMIEST = 32
+NUM_ROOMIEST = 8
 
 #: A whole number from 0 up to, but not, the one given.
 Draw = Callable[[int], int]

@@ -17,6 +17,9 @@ from colm_serve.router.policy import Placement, Policy
 from colm_serve.router.running import RunningRequest
 from colm_serve.router.tenants import Tenant
 
+#: Changes within so much time are one to those who wait: trying costs what placing does.
+_LULL_S = 0.005
+
 
 class _Turn:
     """A request that waits; `may_try` is set while it is the first of all.
@@ -119,6 +122,7 @@ class Placer:
             # One that lacks pages lets nobody by: else a large one might never have enough.
             with self._aside(turn) if isinstance(turn.trouble, TargetsMissed) else nullcontext():
                 await change.wait()
+                await asyncio.sleep(_LULL_S)
             running.refused_by = frozenset()
 
     @contextmanager

@@ -256,3 +256,18 @@ def test_under_churn_only_reachable_members_are_candidates(changes: list[tuple[s
         assert bool(found) == bool(reachable)
         if len(reachable) <= MAX_ALL:
             assert found == reachable
+
+
+def test_candidates_that_the_policy_leaves_out_are_not_all_there_is() -> None:
+    """As where the circuits of the best ones are open."""
+    view = view_of(MANY)
+    answer(view, member(63), num_running=(4, 0, 0), num_free_pages=64)
+    for number in range(MANY):
+        if number != 63:
+            answer(view, member(number), num_running=(0, 0, 0), num_free_pages=60)
+
+    def only_63(request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
+        left = tuple(s for s in cluster.decode if s.member == member(63))
+        return adaptive(request, ClusterSnapshot(left))
+
+    assert decide(only_63, view, facts(), "").decode == member(63)

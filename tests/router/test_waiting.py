@@ -116,16 +116,25 @@ async def test_the_next_in_line_is_served_as_soon_as_one_is_done(tmp_path: Path)
         assert order == ["urgent", "default"]
 
 
-async def test_tenants_share_the_room_by_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tenant_weights", "class_weights"), [((1, 3), (1, 1)), ((1, 1), (1, 3)), ((2, 3), (1, 2))]
+)
+async def test_tenants_share_the_room_by_weight(
+    tmp_path: Path, tenant_weights: tuple[float, ...], class_weights: tuple[float, ...]
+) -> None:
     keys = {name: f"sk-{name}-0123456789abc" for name in ("light", "heavy")}
     tenants = {
         name: TenantConfig.model_validate({"api_keys": [keys[name]], "weight": weight})
-        for name, weight in (("light", 1), ("heavy", 3))
+        for name, weight in zip(keys, tenant_weights, strict=True)
     }
+    classes = {name: SlaClass(weight=w) for name, w in zip(keys, class_weights, strict=True)}
+    classes["default"] = SlaClass()
     router = RouterConfig(status_interval_s=0.02, max_concurrent=1)
     script = Script(hold_after=0)
     async with (
-        scripted_cluster(tmp_path, router=router, script=script, tenants=tenants) as cluster,
+        scripted_cluster(
+            tmp_path, router=router, script=script, tenants=tenants, sla_classes=classes
+        ) as cluster,
         AsyncClient(cluster.service.grpc_address, api_key=keys["light"]) as light,
         AsyncClient(cluster.service.grpc_address, api_key=keys["heavy"]) as heavy,
     ):
@@ -134,7 +143,7 @@ async def test_tenants_share_the_room_by_weight(tmp_path: Path) -> None:
         order: list[str] = []
 
         async def wait(name: str, client: AsyncClient) -> None:
-            await generate(client)
+            await generate(client, name)
             order.append(name)
 
         # All of the light one's came first.
