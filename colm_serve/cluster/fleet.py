@@ -121,7 +121,8 @@ class Fleet:
         if actor is None:
             raise Unavailable(f"{slot.worker_id} is gone")
         try:
-            return await asyncio.wait_for(getattr(actor, method).remote(*arguments), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await getattr(actor, method).remote(*arguments)
         except TimeoutError as error:
             raise Unavailable(f"{slot.worker_id}: no {method} within {timeout_s} s") from error
         except ray.exceptions.RayError as error:
@@ -204,7 +205,8 @@ class Fleet:
         group = placement_group(wanted, strategy="PACK")
         timeout_s = self._config.ray.start_timeout_s
         try:
-            await asyncio.wait_for(group.ready(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await group.ready()
         except TimeoutError as error:
             remove_placement_group(group)
             raise Unavailable(
