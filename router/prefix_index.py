@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 #: Workers remembered for one block: as many as a decision looks at.
 MAX_HOLDERS = 8
-#: Blocks remembered in all; about 500 bytes each.
+#: Blocks remembered in all; 400 to 700 bytes each, by the number of their holders.
 MAX_BLOCKS = 2**17
 
 
