@@ -28,10 +28,13 @@ class StepMeter:
         self._fit = StepFit(measured)
         self._pending: deque[_Step] = deque()
         self._fitting = threading.Lock()
+        self._is_disturbed = False
 
     def note(self, rows: Iterable[tuple[int, int]], seconds: float) -> None:
         """A step has been computed: of each row, its level and the tokens that it attends to."""
-        if len(self._pending) >= MAX_PENDING:
+        # Fitting keeps the interpreter busy, which these steps waited for.
+        was_disturbed, self._is_disturbed = self._is_disturbed, self._fitting.locked()
+        if was_disturbed or self._is_disturbed or len(self._pending) >= MAX_PENDING:
             return
         counts, cached = [0] * self._num_chains, [0] * self._num_chains
         for level, num_cached in rows:

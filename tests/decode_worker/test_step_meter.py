@@ -48,3 +48,14 @@ async def test_a_status_follows_what_a_worker_does(folder: Path) -> None:
     assert status.transfer_cost.call_s > 0
     assert now_pass.cost.seconds(0, 200) > first_pass.cost.seconds(0, 200) + 0.001
     assert now_pass.queued_s == 0
+
+
+def test_steps_that_a_fit_has_slowed_down_do_not_count() -> None:
+    meter = StepMeter(MEASURED)
+    slow = 100 * MEASURED.step_s((1, 1, 1))
+    with meter._fitting:
+        meter.note([(3, 10)], slow)
+    meter.note([(3, 10)], slow)  # it had begun when the fit ended
+    assert meter.cost() == StepMeter(MEASURED).cost()
+    meter.note([(3, 10)], slow)
+    assert meter.cost() != StepMeter(MEASURED).cost()
