@@ -1,4 +1,4 @@
-"""The `colm` command: serve, generate, status, simulate, train, eval, search-patterns, demo."""
+"""The `colm` command, one function each."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from colm_serve.cluster.launch import Cluster
 from colm_serve.config import ClusterConfig
 from colm_serve.demo import run_demo
 from colm_serve.errors import ColmError
+from colm_serve.measured_costs import measure_costs
 from colm_serve.pattern_search import patterns_table, write_pattern_file
 from colm_serve.simulate.command import run_simulation
 from colm_serve.simulate.report import outcome_table, write_outcome
@@ -125,6 +126,16 @@ def status(address: Address = "127.0.0.1:50051", api_key: ApiKey = None) -> None
             f"{worker.num_free_pages} of {worker.num_pages}",
         )
     console.print(table)
+
+
+@app.command()
+def measure(
+    out: Annotated[Path, typer.Argument(help="The JSON file to write, for `colm simulate`.")],
+    address: Address = "127.0.0.1:50051",
+) -> None:
+    """Write what a running cluster's workers have measured of their work."""
+    measure_costs(address).save(out)
+    console.print(f"written to {out}")
 
 
 @app.command()

@@ -22,7 +22,7 @@ LAYERS = (
     {"engine", "transport", "training"},
     {"prefill_worker", "decode_worker", "router"},
     {"client", "cluster", "simulate"},
-    {"demo", "pattern_search"},
+    {"demo", "measured_costs", "pattern_search"},
     {"cli"},
 )
 RANK = {group: rank for rank, groups in enumerate(LAYERS) for group in groups}
