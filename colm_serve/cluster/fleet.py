@@ -46,6 +46,7 @@ class Fleet:
         self._slots = list(slots_of(config))
         self._num_made = Counter(slot.role for slot in self._slots)
         self._groups: dict[Slot, PlacementGroup] = {}
+        self._vacant: list[Slot] = []
         self._actors: dict[Slot, Any] = {}
         self._members: dict[Slot, Member] = {}
         self._standbys: dict[Slot, Member] = {}
@@ -129,9 +130,15 @@ class Fleet:
             raise _reason(slot, error) from error
 
     async def add(self, role: Role) -> None:
-        """A further worker, in a place of its own; raises as `start` does."""
+        """A further worker, in a place that another has left or a new one; raises as `start`."""
         slot = further_slot(self._config, role, self._next_index(role))
-        self._groups[slot] = await self._reserve([slot])
+        left = next((v for v in self._vacant if v.resources == slot.resources), None)
+        if left is None:
+            self._groups[slot] = await self._reserve([slot])
+        else:
+            self._vacant.remove(left)
+            slot = replace(slot, bundle=left.bundle)
+            self._groups[slot] = self._groups.pop(left)
         self._slots.append(slot)
         try:
             await self._fill(slot)
@@ -303,10 +310,11 @@ class Fleet:
         if slot in self._actors:
             await self._end(slot)
         self._slots.remove(slot)
-        group = self._groups.pop(slot)
-        # The places of a group that was reserved as one are given back as one.
-        if group not in self._groups.values():
-            remove_placement_group(group)
+        if list(self._groups.values()).count(self._groups[slot]) > 1:
+            # The places of a group that was reserved as one are given back as one.
+            self._vacant.append(slot)
+        else:
+            remove_placement_group(self._groups.pop(slot))
 
     def _withdraw(self, slot: Slot) -> None:
         """Take a slot's members out of the membership."""

@@ -80,16 +80,14 @@ def further_slot(config: ClusterConfig, role: Role, index: int) -> Slot:
 
 
 def max_cpus(config: ClusterConfig) -> float:
-    """What the cluster reserves when it is as large as the planner may make it."""
-    slots = slots_of(config)
-    num_cpus = sum(slot.num_cpus for slot in slots)
+    """The most that the cluster reserves, whatever the planner makes of it.
+
+    The places that it began with stay reserved, whoever has left them.
+    """
+    num_cpus = sum(slot.num_cpus for slot in slots_of(config))
     if config.planner.enabled:
-        for role, most in (
-            (Role.PREFILL, config.planner.max_prefill),
-            (Role.DECODE, config.planner.max_decode),
-        ):
-            num_more = most - sum(slot.role is role for slot in slots)
-            num_cpus += max(0, num_more) * _rooms(config)[role].num_cpus
+        num_cpus += config.planner.max_prefill * config.prefill.num_cpus
+        num_cpus += config.planner.max_decode * config.decode.num_cpus
     return num_cpus
 
 

@@ -42,9 +42,9 @@ def test_scaling(
 
 @pytest.mark.parametrize(
     ("planner", "expected"),
-    [({}, 8), ({"enabled": True, "max_prefill": 4, "max_decode": 3}, 1 + 4 * 2 + 3 * 3)],
+    [({}, 8), ({"enabled": True, "max_prefill": 4, "max_decode": 3}, 8 + 4 * 2 + 3 * 3)],
 )
-def test_ray_is_given_places_for_the_largest_cluster(
+def test_ray_is_given_places_enough_for_any_plan(
     planner: dict[str, object], expected: float
 ) -> None:
     config = ClusterConfig.model_validate(

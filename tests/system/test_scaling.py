@@ -106,10 +106,22 @@ def test_workers_without_work_go_and_their_texts_are_finished(
         assert set(stream.levels(model_folder)) == {3}
 
 
-def test_a_worker_is_added(cluster: Cluster, client: Client) -> None:
+def num_placement_groups() -> int:
+    groups = ray.util.placement_group_table().values()
+    return sum(group["state"] == "CREATED" for group in groups)
+
+
+def test_workers_are_added_in_places_that_others_have_left_and_in_new_ones(
+    cluster: Cluster, client: Client
+) -> None:
+    assert num_placement_groups() == 1
+    follow(cluster, num_prefill=2, num_decode=2)
+    assert worker_ids(cluster) == ["prefill-0", "decode-0", "prefill-2", "decode-2"]
+    assert num_placement_groups() == 2
+    assert len(tokens_of(client, make_prompt(200, seed=5), max_tokens=8)) == 8
     follow(cluster, num_prefill=2, num_decode=1)
     assert worker_ids(cluster) == ["prefill-0", "decode-0", "prefill-2"]
-    assert len(tokens_of(client, make_prompt(200, seed=5), max_tokens=8)) == 8
+    wait_until(lambda: num_placement_groups() == 1)
 
 
 def test_without_any_decode_worker_texts_are_finished_at_level_1(
