@@ -33,7 +33,7 @@ from colm_serve.simulate.trace import Trace
 MODEL = Path(__file__).parent.parent / "models" / "stdlib-air"
 PREFILL_SHARE = 0.3
 #: Of what the decode workers make at the top level with 16 rows each.
-UTILIZATION = 0.5
+UTILIZATION = 0.3
 VALIDATION_RATE = 4.0
 
 

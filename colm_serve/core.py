@@ -422,6 +422,10 @@ class Member:
     kv_identity: str
     is_standby: bool = False
 
+    def __hash__(self) -> int:
+        # Members are looked up a dozen times a request, and a string remembers its hash.
+        return hash(self.worker_id)
+
 
 @dataclass(frozen=True)
 class Membership:

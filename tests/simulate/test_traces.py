@@ -15,6 +15,7 @@ from colm_serve.simulate.mooncake import MooncakeTrace
 from colm_serve.simulate.synthetic import SyntheticTrace
 from colm_serve.simulate.trace import Block
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "cluster_configs" / "traces").glob("*.yaml"))
 LINE = {"timestamp": 500, "input_length": 600, "output_length": 7, "hash_ids": [3, 9]}
 
 
@@ -120,6 +121,12 @@ def test_a_bad_description_names_the_key(keys: dict[str, Any], named: str, tmp_p
     path.write_text(json.dumps({"num_requests": 5, **keys}))
     with pytest.raises(InvalidConfig, match=named):
         SyntheticTrace.load(path)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_a_trace(path: Path) -> None:
+    trace = SyntheticTrace.load(path)
+    assert len(list(trace.requests())) == trace.num_requests
 
 
 def read(tmp_path: Path, *lines: str) -> list[Any]:
