@@ -12,11 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from colm_serve.cluster.convertible import ConvertibleActor
 from colm_serve.cluster.placement import Role, Slot, further_slot, slots_of
+from colm_serve.cluster.places import Places
 from colm_serve.config import ClusterConfig
 from colm_serve.core import Member, Membership
 from colm_serve.decode_worker.actor import DecodeActor
@@ -45,8 +44,7 @@ class Fleet:
         self._config = config
         self._slots = list(slots_of(config))
         self._num_made = Counter(slot.role for slot in self._slots)
-        self._groups: dict[Slot, PlacementGroup] = {}
-        self._vacant: list[Slot] = []
+        self._places = Places(config.ray.start_timeout_s)
         self._actors: dict[Slot, Any] = {}
         self._members: dict[Slot, Member] = {}
         self._standbys: dict[Slot, Member] = {}
@@ -64,8 +62,7 @@ class Fleet:
             Unavailable: Ray has not the resources, or an actor did not come up in time.
             ColmError: an actor refused to start, with its reason.
         """
-        group = await self._reserve(self._slots)
-        self._groups = dict.fromkeys(self._slots, group)
+        await self._places.reserve(self._slots)
         # The router last: it is told of every worker before it opens its doors.
         workers = [slot for slot in self._slots if slot.role is not Role.ROUTER]
         await asyncio.gather(*(self._fill(slot) for slot in workers))
@@ -79,8 +76,7 @@ class Fleet:
         if self.router in self._actors:
             await self._end(self.router)
         await asyncio.gather(*(self._end(slot) for slot in tuple(self._actors)))
-        for group in set(self._groups.values()):
-            remove_placement_group(group)
+        self._places.close()
 
     @property
     def addresses(self) -> RouterAddresses:
@@ -132,13 +128,7 @@ class Fleet:
     async def add(self, role: Role) -> None:
         """A further worker, in a place that another has left or a new one; raises as `start`."""
         slot = further_slot(self._config, role, self._next_index(role))
-        left = next((v for v in self._vacant if v.resources == slot.resources), None)
-        if left is None:
-            self._groups[slot] = await self._reserve([slot])
-        else:
-            self._vacant.remove(left)
-            slot = replace(slot, bundle=left.bundle)
-            self._groups[slot] = self._groups.pop(left)
+        slot = await self._places.reserve_further(slot)
         self._slots.append(slot)
         try:
             await self._fill(slot)
@@ -177,7 +167,7 @@ class Fleet:
         self._slots.remove(slot)
         self._slots.append(decode)
         self._actors[decode] = self._actors.pop(slot)
-        self._groups[decode] = self._groups.pop(slot)
+        self._places.hand_over(slot, decode)
         self._members[decode] = member
         await self._publish()
         self._supervise(decode)
@@ -207,21 +197,6 @@ class Fleet:
             await self._publish()
             await self.call(slot, "stop_standby")
 
-    async def _reserve(self, slots: list[Slot]) -> PlacementGroup:
-        wanted = [slot.resources for slot in slots]
-        group = placement_group(wanted, strategy="PACK")
-        timeout_s = self._config.ray.start_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                await group.ready()
-        except TimeoutError as error:
-            remove_placement_group(group)
-            raise Unavailable(
-                f"Ray could not place {len(wanted)} actors within {timeout_s} s: wanted {wanted}, "
-                f"the cluster has {ray.cluster_resources()}"
-            ) from error
-        return group
-
     async def _fill(self, slot: Slot) -> None:
         """Put a fresh actor into a slot and let the router know."""
         options = {
@@ -229,9 +204,7 @@ class Fleet:
             "num_gpus": slot.num_gpus,
             "max_concurrency": 4,
             "runtime_env": {"env_vars": slot.environment},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._groups[slot], placement_group_bundle_index=slot.bundle
-            ),
+            "scheduling_strategy": self._places.strategy(slot),
         }
         actor = ray.remote(_ACTORS[slot.role]).options(**options)
         self._actors[slot] = actor.remote(*self._arguments(slot))
@@ -310,11 +283,7 @@ class Fleet:
         if slot in self._actors:
             await self._end(slot)
         self._slots.remove(slot)
-        if list(self._groups.values()).count(self._groups[slot]) > 1:
-            # The places of a group that was reserved as one are given back as one.
-            self._vacant.append(slot)
-        else:
-            remove_placement_group(self._groups.pop(slot))
+        self._places.leave(slot)
 
     def _withdraw(self, slot: Slot) -> None:
         """Take a slot's members out of the membership."""
