@@ -152,6 +152,13 @@ class ClusterView:
             if (record := self._records.get(member)) is not None:
                 record.admitted(request_id)
 
+    def prefilled(self, request_id: str, placement: Placement) -> None:
+        """The request has its first token, so that its prefill worker is done with it."""
+        for member in placement.prefill[:1]:
+            if (record := self._records.get(member)) is not None:
+                record.release(request_id)
+                self._rank(record)
+
     def release(self, request_id: str, placement: Placement) -> None:
         """The request is over at its workers."""
         for member in (placement.decode, *placement.prefill[:1]):

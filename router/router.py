@@ -223,6 +223,7 @@ class Router:
         request, work = running.placed(placement)
         call = running.call = self._clients.decode(placement.decode, running.remaining_s)
         self.view.place(running.request_id, placement, work, request.prompt, request.cache_salt)
+        has_prompt = False
         try:
             async with aclosing(call.events(request)) as events:
                 async for event in events:
@@ -237,6 +238,9 @@ class Router:
                                 yield running.finished(FinishReason.LENGTH, None)
                                 return
                         case DecodedToken():
+                            if not has_prompt:
+                                has_prompt = True
+                                self.view.prefilled(running.request_id, placement)
                             yield running.token(event)
                             if running.is_stopped:
                                 yield running.finished(FinishReason.STOP, None)

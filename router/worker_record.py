@@ -73,7 +73,9 @@ class WorkerRecord:
                 return self._decode_state(status)
             case PrefillStatus() as status:
                 num_tokens = sum(work.num_prompt_tokens for work in self._outstanding_work())
-                return PrefillState(self.member, status, num_tokens)
+                return PrefillState(
+                    self.member, _without_prompts(self.released, status), num_tokens
+                )
         return None
 
     def _decode_state(self, status: DecodeStatus) -> DecodeState:
@@ -108,4 +110,18 @@ def _without(released: Sequence[Work], status: DecodeStatus) -> DecodeStatus:
         num_running=tuple(num_running),
         num_attended=tuple(num_attended),
         num_free_pages=min(status.num_pages, num_free_pages),
+    )
+
+
+def _without_prompts(released: Sequence[Work], status: PrefillStatus) -> PrefillStatus:
+    """The status without prompts that have been computed since."""
+    if not released:
+        return status
+    num_done = sum(work.num_prompt_tokens for work in released)
+    done_s = sum(status.cost.seconds(0, work.num_prompt_tokens) for work in released)
+    return replace(
+        status,
+        num_running=max(0, status.num_running - len(released)),
+        num_queued_tokens=max(0, status.num_queued_tokens - num_done),
+        queued_s=max(0.0, status.queued_s - done_s),
     )

@@ -168,6 +168,7 @@ class VirtualRouter:
             prefill=placement.prefill,
             ttft_s=request.remaining_ttft_s(self._clock.now),
             on_end=lambda sequence: self._finish(request, sequence),
+            on_prompt=lambda: self._view.prefilled(request.request_id, placement),
         )
         request.sequence = sequence
         try:

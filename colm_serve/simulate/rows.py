@@ -111,6 +111,7 @@ class Rows:
         for sequence in untold:
             if self.is_in_step(sequence):
                 sequence.first_token_at = step_end
+                sequence.on_prompt()
             elif sequence in self.running:
                 self._untold.append(sequence)
 

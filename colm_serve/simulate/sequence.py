@@ -30,6 +30,7 @@ class VirtualSequence:
     prefill: tuple[Member, ...]
     ttft_s: float | None
     on_end: Callable[[VirtualSequence], object]
+    on_prompt: Callable[[], object] = lambda: None  # its first step is under way
     age: int = 0
     num_tokens: int = 0
     at_step: int = 0
