@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from colm_serve.router.load import Load, TokenTimes
 from colm_serve.router.snapshot import DecodeState, PrefillState
 
+#: Of a target for the time per token: a step may take so much of it, as no two take the same.
+AIMED_SHARE = 0.9
+
 
 @dataclass(frozen=True)
 class Prediction:

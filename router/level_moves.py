@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from colm_serve.core import StepCost
+from colm_serve.router.latency_model import AIMED_SHARE
 
 #: From one look at the running requests to the next.
 INTERVAL_S = 0.25
 #: What is left of a target to one who has been slow, however slow: see `step_limit_s`.
-LEAST_SHARE = 0.9
+LEAST_SHARE = 0.8
 #: Nobody goes up to where a step would take more of what is allowed.
 _ROOM_SHARE = 0.8
 #: For so long after a move down nobody goes up.
@@ -57,9 +58,9 @@ def step_limit_s(
     num_left: int,
     remaining_s: float,
 ) -> float:
-    """The longest step with which a request keeps its targets.
+    """The longest step with which a request keeps its targets, with some to spare.
 
-    Who has been slower than `tpot_s` has less than that, to catch up; who has been faster has no
+    Who has been slower than `tpot_s` has less than others, to catch up; who has been faster has no
     more. All that is left has to come before the deadline.
 
     Args:
@@ -72,7 +73,7 @@ def step_limit_s(
     if tpot_s is None:
         return limit_s
     catching_up_s = (tpot_s * (num_done + num_left) - decode_s) / max(1, num_left)
-    return min(limit_s, tpot_s, max(catching_up_s, LEAST_SHARE * tpot_s))
+    return min(limit_s, AIMED_SHARE * tpot_s, max(catching_up_s, LEAST_SHARE * tpot_s))
 
 
 class _Batch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from colm_serve.errors import InvalidArgument, TargetsMissed
 from colm_serve.router.facts import Placement, RequestFacts
 from colm_serve.router.latency_model import (
+    AIMED_SHARE,
     Prediction,
     idle_prediction,
     prefilled_s,
@@ -82,12 +83,12 @@ class Offers:
             idle_prediction(o.state, first, level, len(request.prompt), request.num_attended)
             for o in offers
         ]
-        for field, target_s, least_s in (
-            ("ttft_ms", request.ttft_s, min(prediction.ttft_s for prediction in idle)),
-            ("tpot_ms", request.tpot_s, min(prediction.tpot_s for prediction in idle)),
+        for field, target_s, share, least_s in (
+            ("ttft_ms", request.ttft_s, 1.0, min(prediction.ttft_s for prediction in idle)),
+            ("tpot_ms", request.tpot_s, AIMED_SHARE, min(prediction.tpot_s for prediction in idle)),
         ):
-            if target_s is not None and target_s < least_s:
-                if field not in request.own_targets:
+            if target_s is not None and share * target_s < least_s:
+                if field not in request.own_targets or target_s >= least_s:
                     return
                 allowed = f"{least_s * 1000:.4g} or more, predicted of an idle worker at level"
                 raise InvalidArgument(field, target_s * 1000, f"{allowed} {level}")
@@ -111,8 +112,8 @@ class Offers:
         request = self._request
         return (
             (request.ttft_s is None or request.age_s + prediction.ttft_s <= request.ttft_s)
-            and (request.tpot_s is None or prediction.tpot_s <= request.tpot_s)
-            and (state.tpot_s is None or prediction.tpot_s <= state.tpot_s)
+            and (request.tpot_s is None or prediction.tpot_s <= AIMED_SHARE * request.tpot_s)
+            and (state.tpot_s is None or prediction.tpot_s <= AIMED_SHARE * state.tpot_s)
         )
 
     def _is_done_in_time(self, prediction: Prediction) -> bool:
