@@ -34,7 +34,7 @@ proto: $(STAMP)
 
 # A test compares the committed stubs with freshly generated ones: tests/test_generated_code.py.
 test: lint typecheck
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadgroup
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --no-loadscope-reorder
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill_throughput.py

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import threading
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated
 
 import typer
@@ -44,9 +44,10 @@ ApiKey = Annotated[
 def serve(config: Annotated[Path, typer.Argument(help="A cluster's YAML file.")]) -> None:
     """Run a cluster until Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
-    stop = threading.Event()
+    # Not an event: setting one in a handler deadlocks with the wait that the handler interrupts.
+    stop: SimpleQueue[None] = SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: stop.put(None))
     cluster_config = ClusterConfig.load(config)
     with console.status("starting the cluster"):
         cluster = Cluster(cluster_config)
@@ -55,9 +56,7 @@ def serve(config: Annotated[Path, typer.Argument(help="A cluster's YAML file.")]
         console.print(f"  gRPC  {cluster.addresses.grpc}")
         console.print(f"  HTTP  http://{cluster.addresses.http}/v1")
         console.print("Ctrl-C stops it")
-        # Waking up now and then lets Python run the signal handler.
-        while not stop.wait(0.5):
-            pass
+        stop.get()
         console.print("stopping")
 
 
