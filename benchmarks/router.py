@@ -50,12 +50,12 @@ from colm_serve.core import (
 )
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.decision import decide
 from colm_serve.router.model_facts import ModelFacts
-from colm_serve.router.policy import RequestFacts, adaptive
+from colm_serve.router.placing.decision import decide
+from colm_serve.router.placing.policy import RequestFacts, adaptive
+from colm_serve.router.placing.snapshot import Work
 from colm_serve.router.router import Router
 from colm_serve.router.server import RouterService
-from colm_serve.router.snapshot import Work
 from colm_serve.transport import serde
 from colm_serve.transport.channel import bind, connect, make_server
 from colm_serve.transport.host import ServiceThread

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from colm_serve.core import DecodeStatus
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.model_facts import ModelFacts
-from colm_serve.router.worker_record import WorkerRecord
+from colm_serve.router.placing.worker_record import WorkerRecord
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from itertools import count
 
 from colm_serve.core import Member, Membership
-from colm_serve.router.facts import Placement
-from colm_serve.router.latency_model import queue_s
-from colm_serve.router.placement import WorkerGroup
-from colm_serve.router.prefix_index import block_hashes
-from colm_serve.router.room import num_free_pages
-from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
-from colm_serve.router.worker_record import WorkerRecord, WorkerStatus
+from colm_serve.router.placing.facts import Placement
+from colm_serve.router.placing.latency_model import queue_s
+from colm_serve.router.placing.placement import WorkerGroup
+from colm_serve.router.placing.prefix_index import block_hashes
+from colm_serve.router.placing.room import num_free_pages
+from colm_serve.router.placing.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
+from colm_serve.router.placing.worker_record import WorkerRecord, WorkerStatus
 
 logger = logging.getLogger(__name__)
 

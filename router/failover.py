@@ -21,13 +21,13 @@ from colm_serve.errors import (
 )
 from colm_serve.router.circuit_breaker import CircuitBreakers
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.decision import decide
 from colm_serve.router.lifecycle import Clock
 from colm_serve.router.metrics import Metrics
-from colm_serve.router.policy import Placement, Policy, RequestFacts
+from colm_serve.router.placing.decision import decide
+from colm_serve.router.placing.policy import Placement, Policy, RequestFacts
+from colm_serve.router.placing.snapshot import ClusterSnapshot
 from colm_serve.router.retry_budget import RetryBudget
 from colm_serve.router.running import RunningRequest
-from colm_serve.router.snapshot import ClusterSnapshot
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from colm_serve.core import DecodeStatus, Member
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.level_moves import INTERVAL_S, LevelMover, Move, Row
 from colm_serve.router.lifecycle import Clock
 from colm_serve.router.metrics import Metrics
+from colm_serve.router.placing.level_moves import INTERVAL_S, LevelMover, Move, Row
 from colm_serve.router.running import RunningRequest
 
 logger = logging.getLogger(__name__)

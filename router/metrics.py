@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from colm_serve.core import DecodeStatus
 from colm_serve.errors import ColmError, RateLimited, ResourceExhausted
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.latency_model import Prediction
 from colm_serve.router.lifecycle import Lifecycle, Stage
+from colm_serve.router.placing.latency_model import Prediction
 from colm_serve.router.request import Finished, GenerationEvent, Started, Token
 from colm_serve.transport.status import status_code
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from colm_serve.router.policy import Placement, Policy, RequestFacts
-from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState
+from colm_serve.router.placing.policy import Placement, Policy, RequestFacts
+from colm_serve.router.placing.snapshot import ClusterSnapshot, DecodeState, PrefillState
 
 #: How long a new request waits for a decode worker to appear: more than a restart takes.
 PATIENCE_S = 10.0

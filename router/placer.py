@@ -13,7 +13,7 @@ from colm_serve.router.failover import Failover
 from colm_serve.router.fair_queue import MAX_ASIDE, FairQueue
 from colm_serve.router.lifecycle import Clock
 from colm_serve.router.overload import at_least_level, idle_level, retry_after_s
-from colm_serve.router.policy import Placement, Policy
+from colm_serve.router.placing.policy import Placement, Policy
 from colm_serve.router.running import RunningRequest
 from colm_serve.router.tenants import Tenant
 

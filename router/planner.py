@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from colm_serve.config import PlannerConfig
 from colm_serve.core import DecodeStatus, PrefillCost, StepCost
-from colm_serve.router.snapshot import ClusterSnapshot
+from colm_serve.router.placing.snapshot import ClusterSnapshot
 
 #: Workers are planned to be busy for so much of the time: requests come in bursts.
 MAX_UTILIZATION = 0.8

@@ -30,8 +30,8 @@ from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.overload import PATIENCE_S
 from colm_serve.router.placer import Placer
+from colm_serve.router.placing.policy import Placement, make_policy
 from colm_serve.router.planner import Demand, WorkerCosts
-from colm_serve.router.policy import Placement, make_policy
 from colm_serve.router.poller import StatusPoller
 from colm_serve.router.request import (
     Finished,

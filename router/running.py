@@ -19,13 +19,13 @@ from colm_serve.core import (
     TokenLogprob,
 )
 from colm_serve.router.detokenizer import Detokenizer, Piece
-from colm_serve.router.facts import Placement, RequestFacts
-from colm_serve.router.latency_model import Prediction
-from colm_serve.router.level_moves import Row, step_limit_s
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.placing.facts import Placement, RequestFacts
+from colm_serve.router.placing.latency_model import Prediction
+from colm_serve.router.placing.level_moves import Row, step_limit_s
+from colm_serve.router.placing.snapshot import Work
 from colm_serve.router.request import Finished, Started, Token, Usage
-from colm_serve.router.snapshot import Work
 from colm_serve.router.tenants import ANYBODY, Tenant
 from colm_serve.router.validation import CheckedRequest
 from colm_serve.router.worker_client import DecodeCall

@@ -17,8 +17,8 @@ from colm_serve.core import Membership
 from colm_serve.model.checkpoint import kv_identity
 from colm_serve.model.config import ColmConfig
 from colm_serve.proto.colm.v1 import generation_pb2_grpc
-from colm_serve.router.http import make_app
 from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.openai.http import make_app
 from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.router import Router
 from colm_serve.router.service import SERVICE_NAME, GenerationService

@@ -10,7 +10,7 @@ import grpc.aio
 from colm_serve.errors import ColmError
 from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
 from colm_serve.router import serde
-from colm_serve.router.level_headers import level_headers
+from colm_serve.router.openai.level_headers import level_headers
 from colm_serve.router.request import Started
 from colm_serve.router.router import Router
 from colm_serve.router.tenants import Tenant

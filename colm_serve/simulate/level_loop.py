@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from colm_serve.core import DecodeStatus, Member
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.level_moves import LEAST_SHARE, LevelMover, Row, step_limit_s
+from colm_serve.router.placing.level_moves import LEAST_SHARE, LevelMover, Row, step_limit_s
 from colm_serve.simulate.decode import VirtualDecodeWorker
 from colm_serve.simulate.running import VirtualRequest
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from colm_serve.config import ClusterConfig
 from colm_serve.errors import InvalidArgument, ResourceExhausted, TargetsMissed, Unavailable
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.decision import decide
-from colm_serve.router.facts import Placement
 from colm_serve.router.fair_queue import MAX_ASIDE, FairQueue
 from colm_serve.router.overload import PATIENCE_S, at_least_level
-from colm_serve.router.policy import Policy
+from colm_serve.router.placing.decision import decide
+from colm_serve.router.placing.facts import Placement
+from colm_serve.router.placing.policy import Policy
 from colm_serve.router.tenants import ANYBODY
 from colm_serve.simulate.clock import VirtualClock
 from colm_serve.simulate.running import VirtualRequest

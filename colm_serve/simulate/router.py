@@ -10,10 +10,10 @@ from colm_serve.core import Member, Membership
 from colm_serve.errors import ColmError, InvalidConfig, ResourceExhausted
 from colm_serve.router.admission import Admission
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.facts import Placement
-from colm_serve.router.level_moves import INTERVAL_S
 from colm_serve.router.overload import poll_interval_s
-from colm_serve.router.policy import make_policy
+from colm_serve.router.placing.facts import Placement
+from colm_serve.router.placing.level_moves import INTERVAL_S
+from colm_serve.router.placing.policy import make_policy
 from colm_serve.router.tenants import ANYBODY
 from colm_serve.simulate.clock import VirtualClock
 from colm_serve.simulate.decode import VirtualDecodeWorker

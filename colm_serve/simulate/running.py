@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from colm_serve.config import SlaClass
 from colm_serve.core import Member
-from colm_serve.router.facts import Placement, RequestFacts
-from colm_serve.router.snapshot import Work
+from colm_serve.router.placing.facts import Placement, RequestFacts
+from colm_serve.router.placing.snapshot import Work
 from colm_serve.simulate.sequence import VirtualSequence
 from colm_serve.simulate.trace import Block, TracedRequest
 

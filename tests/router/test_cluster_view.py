@@ -7,9 +7,9 @@ import pytest
 
 from colm_serve.core import Member, Membership, WorkerKind
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.latency_model import Prediction
-from colm_serve.router.policy import Placement
-from colm_serve.router.snapshot import ClusterSnapshot, Work
+from colm_serve.router.placing.latency_model import Prediction
+from colm_serve.router.placing.policy import Placement
+from colm_serve.router.placing.snapshot import ClusterSnapshot, Work
 from tests.router.scripted import KV_IDENTITY, decode_status, prefill_status
 
 DECODE = Member(WorkerKind.DECODE, "d0", "127.0.0.1:1", 1, KV_IDENTITY)

@@ -13,9 +13,9 @@ from colm_serve.router.overload import (
     idle_level,
     retry_after_s,
 )
-from colm_serve.router.policy import adaptive as policy
-from colm_serve.router.snapshot import Work
-from tests.router.test_policy import cluster, decode, facts, prefill
+from colm_serve.router.placing.policy import adaptive as policy
+from colm_serve.router.placing.snapshot import Work
+from tests.router.placing.test_policy import cluster, decode, facts, prefill
 
 STEP_COST = StepCost((0.014, 0.01, 0.01), (0.002, 0.001, 0.001))
 

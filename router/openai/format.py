@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from colm_serve.core import FinishReason, Logprobs, ScoredPrompt
-from colm_serve.router.openai_logprobs import chat_logprobs, completion_logprobs, num_characters
+from colm_serve.router.openai.logprobs import chat_logprobs, completion_logprobs, num_characters
 from colm_serve.router.request import Finished, GenerationEvent, Started, Token
 
 Json = dict[str, Any]

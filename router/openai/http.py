@@ -16,13 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from colm_serve.errors import ColmError, InvalidArgument, Unavailable
-from colm_serve.router.choices import choices
-from colm_serve.router.http_errors import describe, error_body, respond
-from colm_serve.router.level_headers import level_headers
-from colm_serve.router.merge import merge
 from colm_serve.router.metrics import CONTENT_TYPE
-from colm_serve.router.openai_format import CHAT, COMPLETION, Answer, Format
-from colm_serve.router.openai_types import ChatBody, CompletionBody, read_body
+from colm_serve.router.openai.bodies import ChatBody, CompletionBody, read_body
+from colm_serve.router.openai.choices import choices
+from colm_serve.router.openai.errors import describe, error_body, respond
+from colm_serve.router.openai.format import CHAT, COMPLETION, Answer, Format
+from colm_serve.router.openai.level_headers import level_headers
+from colm_serve.router.openai.merge import merge
 from colm_serve.router.request import GenerationEvent, Started
 from colm_serve.router.router import Router
 

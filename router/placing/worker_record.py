@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from colm_serve.core import DecodeStatus, Member, PrefillStatus
-from colm_serve.router.snapshot import DecodeState, PrefillState, Work
+from colm_serve.router.placing.snapshot import DecodeState, PrefillState, Work
 
 WorkerStatus = DecodeStatus | PrefillStatus
 

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from colm_serve.errors import InvalidArgument, TargetsMissed
-from colm_serve.router.facts import Placement, RequestFacts
-from colm_serve.router.latency_model import (
+from colm_serve.router.placing.facts import Placement, RequestFacts
+from colm_serve.router.placing.latency_model import (
     AIMED_SHARE,
     Prediction,
     idle_prediction,
     prefilled_s,
     prompt_s,
 )
-from colm_serve.router.load import TokenTimes
-from colm_serve.router.room import RETRY_AFTER_S
-from colm_serve.router.snapshot import DecodeState, PrefillState
+from colm_serve.router.placing.load import TokenTimes
+from colm_serve.router.placing.room import RETRY_AFTER_S
+from colm_serve.router.placing.snapshot import DecodeState, PrefillState
 
 
 @dataclass(frozen=True)

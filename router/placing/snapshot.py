@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from colm_serve.core import DecodeStatus, Member, PrefillStatus
-from colm_serve.router.load import Load, TokenTimes, Work
+from colm_serve.router.placing.load import Load, TokenTimes, Work
 
 __all__ = ["ClusterSnapshot", "DecodeState", "PrefillState", "Work"]
 

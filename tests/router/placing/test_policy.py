@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from colm_serve.config import RouterConfig
 from colm_serve.core import Member, StepCost, TransferCost, WorkerKind
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
-from colm_serve.router.facts import RequestFacts
-from colm_serve.router.latency_model import AIMED_SHARE
-from colm_serve.router.load import Load
-from colm_serve.router.offer import Offers
-from colm_serve.router.policy import adaptive as place
-from colm_serve.router.policy import aggregated, fixed_level, make_policy
-from colm_serve.router.room import num_free_pages
-from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
+from colm_serve.router.placing.facts import RequestFacts
+from colm_serve.router.placing.latency_model import AIMED_SHARE
+from colm_serve.router.placing.load import Load
+from colm_serve.router.placing.offer import Offers
+from colm_serve.router.placing.policy import adaptive as place
+from colm_serve.router.placing.policy import aggregated, fixed_level, make_policy
+from colm_serve.router.placing.room import num_free_pages
+from colm_serve.router.placing.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
 from tests.router.scripted import KV_IDENTITY, NUM_LEVELS, decode_status, prefill_status
 
 

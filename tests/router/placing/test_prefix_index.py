@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colm_serve.router.prefix_index import MAX_HOLDERS, PrefixIndex, block_hashes
+from colm_serve.router.placing.prefix_index import MAX_HOLDERS, PrefixIndex, block_hashes
 
 BLOCK = 4
 MANY_PAGES = 1000

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from colm_serve.core import MAX_LOGPROBS
 from colm_serve.errors import InvalidArgument
-from colm_serve.router.openai_grammar import read_grammar
+from colm_serve.router.openai.grammar import read_grammar
 from colm_serve.router.request import (
     ChatMessage,
     ChatPrompt,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
-from colm_serve.router.facts import RequestFacts
-from colm_serve.router.snapshot import ClusterSnapshot, DecodeState
+from colm_serve.router.placing.facts import RequestFacts
+from colm_serve.router.placing.snapshot import ClusterSnapshot, DecodeState
 
 RETRY_AFTER_S = 1.0
 

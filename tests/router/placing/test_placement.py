@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from colm_serve.core import Member, Membership, WorkerKind
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.decision import decide
-from colm_serve.router.latency_model import Prediction
-from colm_serve.router.placement import MAX_ALL, Ranking
-from colm_serve.router.policy import Placement, RequestFacts, adaptive
-from colm_serve.router.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
+from colm_serve.router.placing.decision import decide
+from colm_serve.router.placing.latency_model import Prediction
+from colm_serve.router.placing.placement import MAX_ALL, Ranking
+from colm_serve.router.placing.policy import Placement, RequestFacts, adaptive
+from colm_serve.router.placing.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
 from tests.router.scripted import KV_IDENTITY, NUM_LEVELS, decode_status, prefill_status
 
 PROMPT = tuple(range(100))

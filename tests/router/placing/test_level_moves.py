@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colm_serve.core import StepCost
-from colm_serve.router.level_moves import LevelMover, Row, step_limit_s
+from colm_serve.router.placing.level_moves import LevelMover, Row, step_limit_s
 
 #: 10 ms a chain and 1 ms a chain for each further row.
 COST = StepCost((0.010, 0.010, 0.010), (0.001, 0.001, 0.001))

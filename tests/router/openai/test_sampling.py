@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from colm_serve.core import MAX_SEED, Logprobs, SamplingParams, TokenLogprob
-from colm_serve.router.openai_logprobs import completion_logprobs, token_text
+from colm_serve.router.openai.logprobs import completion_logprobs, token_text
 from tests.router.cluster import MODEL, ScriptedCluster, scripted_cluster, trained_tokenizer
 from tests.router.scripted import END_OF_TEXT, Script, continuation
 

@@ -11,8 +11,8 @@ import pytest
 from colm_serve.core import SamplingParams
 from colm_serve.grammar import Grammar, GrammarKind
 from tests.router.cluster import MODEL, scripted_cluster
+from tests.router.openai.test_sampling import openai_client
 from tests.router.scripted import ScriptedDecode
-from tests.router.test_openai_sampling import openai_client
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "integer"}}}
 AS_TEXT = json.dumps(SCHEMA, ensure_ascii=False)

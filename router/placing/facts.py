@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from colm_serve.core import Member
-from colm_serve.router.latency_model import Prediction
-from colm_serve.router.snapshot import DecodeState
+from colm_serve.router.placing.latency_model import Prediction
+from colm_serve.router.placing.snapshot import DecodeState
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colm_serve.router.load import Load, TokenTimes
-from colm_serve.router.snapshot import DecodeState, PrefillState
+from colm_serve.router.placing.load import Load, TokenTimes
+from colm_serve.router.placing.snapshot import DecodeState, PrefillState
 
 #: Of a target for the time per token: a step may take so much of it, as no two take the same.
 AIMED_SHARE = 0.9

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from colm_serve.core import StepCost
-from colm_serve.router.latency_model import AIMED_SHARE
+from colm_serve.router.placing.latency_model import AIMED_SHARE
 
 #: From one look at the running requests to the next.
 INTERVAL_S = 0.25

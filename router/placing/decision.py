@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.policy import Placement, Policy, RequestFacts
+from colm_serve.router.placing.policy import Placement, Policy, RequestFacts
 
 
 def decide(policy: Policy, view: ClusterView, request: RequestFacts, cache_salt: str) -> Placement:

@@ -9,8 +9,8 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from colm_serve.router.prefix_index import PrefixIndex
-from colm_serve.router.snapshot import DecodeState, PrefillState
+from colm_serve.router.placing.prefix_index import PrefixIndex
+from colm_serve.router.placing.snapshot import DecodeState, PrefillState
 
 #: Up to so many workers of a kind, a decision looks at all of them.
 MAX_ALL = 8

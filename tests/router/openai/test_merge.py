@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
-from colm_serve.router.merge import merge
+from colm_serve.router.openai.merge import merge
 
 
 class Source:

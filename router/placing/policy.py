@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from colm_serve.config import RouterConfig
-from colm_serve.router.facts import Placement, RequestFacts
-from colm_serve.router.latency_model import prefilled_s
-from colm_serve.router.offer import Offer, Offers
-from colm_serve.router.room import with_room
-from colm_serve.router.snapshot import ClusterSnapshot, PrefillState
+from colm_serve.router.placing.facts import Placement, RequestFacts
+from colm_serve.router.placing.latency_model import prefilled_s
+from colm_serve.router.placing.offer import Offer, Offers
+from colm_serve.router.placing.room import with_room
+from colm_serve.router.placing.snapshot import ClusterSnapshot, PrefillState
 
 __all__ = [
     "Placement", "Policy", "RequestFacts", "adaptive", "aggregated", "fixed_level", "make_policy",
