@@ -14,12 +14,12 @@ PACKAGE = ROOT / "colm_serve"
 
 #: A group may import itself and the groups of the lines above its own.
 LAYERS = (
-    {"proto", "kernels", "errors"},
+    {"proto", "kernels", "errors", "files"},
     {"grammar"},
     {"config", "core"},
     {"kv", "latency"},
     {"model"},
-    {"engine", "transport", "training"},
+    {"engine", "transport", "training", "convert"},
     {"prefill_worker", "decode_worker", "router"},
     {"client", "cluster", "simulate"},
     {"demo", "measured_costs", "pattern_search"},

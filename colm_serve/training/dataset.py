@@ -12,9 +12,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from colm_serve.errors import InvalidArgument, InvalidConfig
+from colm_serve.files import write_atomically
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.corpus import Corpus, read_corpus
-from colm_serve.training.files import write_atomically
 from colm_serve.training.tokenizer import (
     encode_documents,
     load_tokenizer,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from colm_serve.training.files import write_atomically
+from colm_serve.files import write_atomically
 
 
 class MetricsLog:

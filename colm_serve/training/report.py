@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.table import Table
 
 from colm_serve.errors import CheckpointError
+from colm_serve.files import write_atomically
 from colm_serve.model.checkpoint import load_model
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.corpus import read_corpus
-from colm_serve.training.files import write_atomically
 from colm_serve.training.loss import evaluate
 from colm_serve.training.tokenizer import encode_documents, load_tokenizer, token_bytes
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from colm_serve.errors import CheckpointError, InvalidConfig
+from colm_serve.files import new_folder
 from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
-from colm_serve.training.files import new_folder
 from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer
 
 _log = logging.getLogger(__name__)
