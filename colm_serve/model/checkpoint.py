@@ -31,11 +31,13 @@ from colm_serve.model.transformer import ColmModel
 _FORMAT = "colm-chain-1"
 #: What a model without head leaves unread in a chain's file.
 _HEAD_TENSORS = {"norm.weight", "head.weight"}
-#: Config keys that decide what chain 1's keys and values are.
+#: Config keys that decide what chain 1's keys and values are, beside its own sizes.
 _KV_KEYS = (
-    "vocab_size", "chains", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads",
-    "head_dim", "kv_sharing", "kv_repeat", "ffn", "rope_theta", "rope_scaling", "rms_norm_eps",
+    "vocab_size", "num_layers", "head_dim", "kv_repeat", "ffn", "rope_theta", "rope_scaling",
+    "rms_norm_eps",
 )  # fmt: skip
+#: And those that do where every chain has keys and values of its own.
+_CHAIN_KEYS = ("chains", "d_model", "d_ff", "num_heads", "num_kv_heads", "kv_sharing")
 
 
 M_co = TypeVar("M_co", bound=ServingModel, covariant=True)
@@ -58,7 +60,8 @@ def chain_path(folder: Path, chain: int) -> Path:
 def kv_identity(folder: Path) -> str:
     """Digest of chain 1's content and the configuration its keys and values depend on.
 
-    Two workers may exchange KV exactly when these agree.
+    Two workers may exchange KV exactly when these agree. Where chain 1 makes all of it, models
+    that share chain 1 agree, whatever they have above it: a base, its expansions, tuned variants.
     """
     config = ColmConfig.load(folder)
     return _kv_identity(config, _read_header(chain_path(folder, 1), chain=1)["digest"])
@@ -80,6 +83,14 @@ def check_folder(folder: Path) -> ColmConfig:
 def _kv_identity(config: ColmConfig, chain_1_digest: str) -> str:
     raw = config.to_dict()
     relevant = {key: raw[key] for key in _KV_KEYS}
+    relevant["chain_1"] = (
+        config.chain_dims[0],
+        config.chain_ff_dims[0],
+        config.heads_per_chain[0],
+        config.kv_heads_per_chain[0],
+    )
+    if config.kv_sharing == "per_chain" and config.num_chains > 1:
+        relevant |= {key: raw[key] for key in _CHAIN_KEYS}
     text = json.dumps([chain_1_digest, relevant], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(text.encode())
 
@@ -96,24 +107,40 @@ def save_model(model: ColmModel, folder: Path, dtype: torch.dtype | None = None)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.config.save(staging)
-        base = ""
+        base = None
         for chain in range(1, model.num_chains + 1):
             tensors = {
-                name: _stored_order(name, model.config, chain, tensor.detach())
-                .to(device="cpu", dtype=dtype or tensor.dtype)
-                .contiguous()
-                for name, tensor in _chain_tensors(model, chain)
+                name: _stored_order(name, model.config, chain, tensor.detach()).to(
+                    device="cpu", dtype=dtype or tensor.dtype
+                )
+                for name, tensor in chain_tensors(model, chain)
             }
-            digest = _digest(tensors)
+            digest = write_chain(staging, chain, tensors, base)
             base = base or digest
-            header = {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base}
-            save_file(tensors, chain_path(staging, chain), header)
         folder.mkdir(exist_ok=True)
         for path in sorted(staging.iterdir()):
             path.chmod(0o644)  # safetensors would keep its files to their owner
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_chain(
+    folder: Path, chain: int, tensors: Mapping[str, Tensor], base: str | None = None
+) -> str:
+    """Write a chain's file and return its content digest.
+
+    Args:
+        folder: must be there.
+        chain: counted from 1.
+        tensors: by stored name, query heads in the config's order.
+        base: digest of the chain 1 it belongs to; None for chain 1 itself.
+    """
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    digest = _digest(stored)
+    header = {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base or digest}
+    save_file(stored, chain_path(folder, chain), header)
+    return digest
 
 
 def load_model(
@@ -181,7 +208,7 @@ def _load_chain(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _digest(tensors) != header["digest"]:
         raise CheckpointError(f"{path}: damaged: its content does not match its digest")
-    slots = dict(_chain_tensors(model, chain))
+    slots = dict(chain_tensors(model, chain))
     unread = set() if model.head is not None else _HEAD_TENSORS
     if foreign := sorted(tensors.keys() - slots.keys() - unread):
         raise CheckpointError(f"{path}: tensor {foreign[0]} has no place in the config's model")
@@ -233,7 +260,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
-def _chain_tensors(model: ColmModel, chain: int) -> Iterator[tuple[str, nn.Parameter]]:
+def chain_tensors(model: ColmModel, chain: int) -> Iterator[tuple[str, nn.Parameter]]:
     """Stored name and parameter of everything that chain `chain` adds."""
     for name, owner, index in _chain_slots(model, chain):
         yield name, owner[index]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from colm_serve.model.checkpoint import _FORMAT, _digest, chain_path
+from colm_serve.model.checkpoint import chain_path
 from colm_serve.model.config import ColmConfig, Llama3RopeScaling
 from colm_serve.model.transformer import ColmModel
 from tests.helpers import TINY
@@ -57,14 +55,3 @@ def read_chain(folder: Path, chain: int) -> tuple[dict[str, Tensor], dict[str, s
     with safe_open(chain_path(folder, chain), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata())
-
-
-def write_chain(
-    folder: Path, chain: int, tensors: Mapping[str, Tensor], base: str | None = None
-) -> str:
-    """Write a chain's file under its stored names and return its digest; chain 1 is the base."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    digest = _digest(contiguous)
-    header = {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base or digest}
-    save_file(contiguous, chain_path(folder, chain), header)
-    return digest

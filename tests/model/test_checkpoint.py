@@ -24,10 +24,11 @@ from colm_serve.model.checkpoint import (
     kv_identity,
     load_model,
     save_model,
+    write_chain,
 )
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.transformer import ColmModel
-from tests.model.models import SMALL, VARIANTS, random_model, read_chain, write_chain
+from tests.model.models import SMALL, VARIANTS, random_model, read_chain
 
 MODEL_FILES = ["chain-1.safetensors", "chain-2.safetensors", "chain-3.safetensors", "config.json"]
 
@@ -400,6 +401,8 @@ def test_kv_identity_depends_on_chain_1_s_content(folder: Path, name: str) -> No
         {"rms_norm_eps": 1e-6},
         {"kv_repeat": "interleave"},
         {"ffn": "gelu"},
+        {"d_ff": 256},
+        {"num_heads": 16},
         {"rope_scaling": VARIANTS["air-rope_scaling"].to_dict()["rope_scaling"]},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -414,7 +417,14 @@ def test_kv_identity_depends_on_what_changes_keys_and_values(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"max_context": 32}, {"head": "per_level"}, {"bos_token_id": 1}, {"eos_token_ids": [2]}],
+    [
+        {"max_context": 32},
+        {"head": "per_level"},
+        {"bos_token_id": 1},
+        {"eos_token_ids": [2]},
+        {"chains": [2, 6]},
+        {"chains": [2, 2], "d_model": 32, "d_ff": 64, "num_heads": 4},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_kv_identity_does_not_depend_on_what_does_not(
@@ -423,6 +433,15 @@ def test_kv_identity_does_not_depend_on_what_does_not(
     identity = kv_identity(folder)
     _edit_config(folder, **changes)
     assert kv_identity(folder) == identity
+
+
+def test_kv_identity_depends_on_all_sizes_where_chains_have_keys_of_their_own(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folder_of("per_chain"), tmp_path / "per_chain")
+    identity = kv_identity(folder)
+    _edit_config(folder, chains=[2, 6])
+    assert kv_identity(folder) != identity
 
 
 def test_a_config_that_differs_in_no_weight_still_tells_two_models_apart(tmp_path: Path) -> None:
