@@ -22,6 +22,9 @@ class TrainConfig:
     Attributes:
         model: the model to train; its vocab_size is also the tokenizer's.
         num_steps: optimizer steps; the learning rate's decay ends with the last.
+        backbone_steps: of which this many train on the top level's loss alone, and the rest train
+            the heads of all levels on the frozen backbone, with a warm-up and decay of their own
+            (3.4's two stages); None: all steps train everything on all levels.
         seed: of the initial weights, the order of the data and the drawn levels.
         seq_len: tokens a training sequence.
         sequences_per_step: sequences behind one optimizer step.
@@ -33,6 +36,8 @@ class TrainConfig:
         weight_decay: on matrices, not on norms.
         grad_clip: largest norm of a step's gradient.
         precision: of matrix products; weights, gradients and reductions stay fp32.
+        recompute_activations: keep only the blocks' inputs for the backward pass and run each
+            block again there: less memory for a third more work.
         heldout_fraction: share of the corpus' files that training never sees.
         exclude: shell patterns of corpus files to leave out.
         eval_interval_steps: steps between looks at the held-out loss.
@@ -52,11 +57,13 @@ class TrainConfig:
     sequences_per_micro_batch: int
     peak_lr: float
     warmup_steps: int
+    backbone_steps: int | None = None
     lower_levels: int | None = None
     final_lr_fraction: float = 0.1
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     precision: Precision = "bf16"
+    recompute_activations: bool = False
     heldout_fraction: float = 0.03
     exclude: tuple[str, ...] = ()
     eval_interval_steps: int = 100
@@ -77,9 +84,7 @@ class TrainConfig:
         self._check("precision", self.precision in get_args(Precision), "fp32 or bf16")
         self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "0 to 1")
         self._check("heldout_fraction", 0 < self.heldout_fraction < 1, "between 0 and 1")
-        self._check(
-            "warmup_steps", 0 <= self.warmup_steps <= self.num_steps, f"0 to {self.num_steps}"
-        )
+        self._check_stages()
         self._check(
             "seq_len",
             self.seq_len <= self.model.max_context,
@@ -97,6 +102,19 @@ class TrainConfig:
             f"0 to {num_lower}, or null for all",
         )
 
+    def _check_stages(self) -> None:
+        shortest = self.num_steps
+        if self.backbone_steps is not None:
+            last = self.num_steps - 1
+            self._check("backbone_steps", 1 <= self.backbone_steps <= last, f"1 to {last}, or null")
+            self._check(
+                "backbone_steps",
+                not self.model.tie_embeddings,
+                "null, as the head of a model with tie_embeddings is part of its backbone",
+            )
+            shortest = min(self.backbone_steps, self.num_steps - self.backbone_steps)
+        self._check("warmup_steps", 0 <= self.warmup_steps <= shortest, f"0 to {shortest}")
+
     def _check(self, key: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise InvalidConfig(key, getattr(self, key), allowed)
@@ -104,8 +122,10 @@ class TrainConfig:
     def _check_types(self) -> None:
         numbers: dict[object, tuple[type, ...]] = {int: (int,), float: (int, float)}
         for key, hint in get_type_hints(type(self)).items():
+            value = getattr(self, key)
+            if hint is bool:
+                self._check(key, isinstance(value, bool), "true or false")
             if hint in numbers:
-                value = getattr(self, key)
                 is_number = isinstance(value, numbers[hint]) and not isinstance(value, bool)
                 self._check(key, is_number, f"a number of type {hint.__name__}")
 

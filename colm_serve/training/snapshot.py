@@ -2,7 +2,7 @@
 
     run folder/checkpoint-00000600/
         config.json chain-<i>.safetensors    the model, as every model folder holds it
-        optimizer.safetensors                AdamW's moments, by parameter name
+        optimizer.safetensors                AdamW's state of what trains, by parameter name
         state.json                           recipe and step
 
 A checkpoint is renamed into place once it is whole, and the one before is kept, so a run that is
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from colm_serve.errors import CheckpointError, InvalidConfig
@@ -32,7 +32,7 @@ from colm_serve.training.config import TrainConfig
 from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer
 
 _log = logging.getLogger(__name__)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 _NUM_KEPT = 2
 
 
@@ -43,7 +43,7 @@ class Snapshot:
     folder: Path
     step: int
     weights: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
 
 
 def save_snapshot(
@@ -53,7 +53,7 @@ def save_snapshot(
     target = run_folder / f"checkpoint-{step:08d}"
     with new_folder(target) as staging:
         save_model(model, staging)
-        save_file(_moments(model, optimizer), staging / "optimizer.safetensors")
+        save_file(_optimizer_state(model, optimizer), staging / "optimizer.safetensors")
         state = {"step": step, "recipe": config.to_dict()}
         (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
     # A later one can only be there damaged, and says nothing about which to keep.
@@ -79,12 +79,12 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
             state = json.loads((folder / "state.json").read_text("utf-8"))
             step, recipe = state["step"], state["recipe"]
             weights = dict(load_model(folder).model.named_parameters())
-            moments = load_file(folder / "optimizer.safetensors")
+            optimizer = load_file(folder / "optimizer.safetensors")
         except (OSError, ValueError, KeyError, CheckpointError, SafetensorError) as error:
             _log.warning("%s cannot be read, trying the one before: %s", folder, error)
             continue
         _check_recipe(folder, config.to_dict(), recipe)
-        return Snapshot(folder, step, weights, moments)
+        return Snapshot(folder, step, weights, optimizer)
     return None
 
 
@@ -103,24 +103,35 @@ def export_model(run_folder: Path, config: TrainConfig, model_folder: Path) -> P
     return model_folder
 
 
-def restore(snapshot: Snapshot, model: ColmModel, optimizer: AdamW) -> None:
-    """Put a checkpoint's weights and moments in place."""
+def restore_weights(snapshot: Snapshot, model: ColmModel) -> None:
+    """Put a checkpoint's weights in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(snapshot.weights[name])
-            state: dict[str, Tensor] = {"step": torch.tensor(float(snapshot.step))}
-            for moment in _MOMENTS:
-                stored = snapshot.moments[f"{moment}.{name}"]
-                state[moment] = stored.to(parameter.device)
-            optimizer.state[parameter] = state
 
 
-def _moments(model: ColmModel, optimizer: AdamW) -> dict[str, Tensor]:
+def restore_optimizer(snapshot: Snapshot, model: ColmModel, optimizer: AdamW) -> None:
+    """Put a checkpoint's moments in place, for the weights that train."""
+    for name, parameter in _trained(model):
+        # A head has none before its level is first drawn.
+        if f"step.{name}" in snapshot.optimizer:
+            optimizer.state[parameter] = {
+                key: snapshot.optimizer[f"{key}.{name}"].to(parameter.device)
+                for key in _OPTIMIZER_STATE
+            }
+
+
+def _optimizer_state(model: ColmModel, optimizer: AdamW) -> dict[str, Tensor]:
     return {
-        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for moment in _MOMENTS
+        f"{key}.{name}": optimizer.state[parameter][key].detach().cpu().contiguous()
+        for name, parameter in _trained(model)
+        if parameter in optimizer.state
+        for key in _OPTIMIZER_STATE
     }
+
+
+def _trained(model: ColmModel) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _check_recipe(folder: Path, asked: dict[str, object], found: dict[str, object]) -> None:

@@ -18,16 +18,18 @@ from torch.optim import AdamW
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.dataset import Dataset, TrainingBatches, prepare_dataset
-from colm_serve.training.loss import LevelLoss, draw_level_weights, evaluate, multi_chain_loss
+from colm_serve.training.loss import LevelLoss, evaluate, multi_chain_loss
 from colm_serve.training.metrics import MetricsLog
 from colm_serve.training.progress import Progress
 from colm_serve.training.report import evaluate_folder
 from colm_serve.training.snapshot import (
     export_model,
     load_newest_snapshot,
-    restore,
+    restore_optimizer,
+    restore_weights,
     save_snapshot,
 )
+from colm_serve.training.stage import stage_at
 from colm_serve.training.stop_signal import StopSignal
 from colm_serve.training.tokenizer import token_bytes
 
@@ -80,6 +82,10 @@ def train(
     with stop or StopSignal.on_signals() as stop:
         trainer = Trainer(config, run_folder, dataset, torch.device(device))
         trainer.run(stop)
+        while trainer.step < config.num_steps and not stop.requested:
+            # The next stage begins as a resumed run does.
+            trainer = Trainer(config, run_folder, dataset, torch.device(device))
+            trainer.run(stop)
     if trainer.step < config.num_steps:
         return TrainResult(trainer.step, False, None)
     model_folder = export_model(run_folder, config, run_folder / "model")
@@ -88,7 +94,7 @@ def train(
 
 
 class Trainer:
-    """A run in progress: `step` optimizer steps are done."""
+    """One stage of a run: `step` of the run's optimizer steps are done."""
 
     def __init__(
         self, config: TrainConfig, run_folder: Path, dataset: Dataset, device: torch.device
@@ -97,23 +103,29 @@ class Trainer:
         self.run_folder = run_folder
         self.dataset = dataset
         self.device = device
-        self.model = initial_model(config).to(device)
-        self.optimizer = _make_optimizer(self.model, config)
         self.batches = TrainingBatches(dataset.train, config)
-        self.step = 0
         snapshot = load_newest_snapshot(run_folder, config)
-        if snapshot is not None:
-            restore(snapshot, self.model, self.optimizer)
-            self.step = snapshot.step
-            _log.info("resuming from %s", snapshot.folder)
+        self.step = snapshot.step if snapshot else 0
+        self.stage = stage_at(config, self.step)
+        self.model = initial_model(config)
+        self.model.recompute_activations = config.recompute_activations
+        if snapshot:
+            restore_weights(snapshot, self.model)
+        self.model.to(device)
+        self.stage.freeze_others(self.model)
+        self.optimizer = _make_optimizer(self.model, config)
+        if snapshot and self.step > self.stage.first_step:
+            restore_optimizer(snapshot, self.model, self.optimizer)
+        if snapshot:
+            _log.info("going on from %s: training %s", snapshot.folder, self.stage.trains)
         self.metrics = MetricsLog(run_folder / "metrics.jsonl", self.step)
 
     def run(self, stop: StopSignal) -> None:
-        """Step until the recipe ends or `stop` is asked for; either way leave a checkpoint."""
+        """Step until the stage ends or `stop` is asked for; either way leave a checkpoint."""
         config = self.config
         saved_step, saved_at = self.step, time.monotonic()
         with Progress(config, self.step) as progress:
-            while self.step < config.num_steps and not stop.requested:
+            while self.step < self.stage.end_step and not stop.requested:
                 started = time.monotonic()
                 loss, grad_norm = self.train_step()
                 progress.advance(self.step, loss, time.monotonic() - started)
@@ -134,7 +146,7 @@ class Trainer:
         generator = np.random.default_rng([config.seed, self.step, 1])
         total = torch.zeros((), device=self.device)
         for micro_batch in rows.split(config.sequences_per_micro_batch):
-            weights = draw_level_weights(config.model.num_chains, config.lower_levels, generator)
+            weights = self.stage.level_weights(config, generator)
             total += self._accumulate(micro_batch.to(self.device), weights)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         for group in self.optimizer.param_groups:
@@ -202,19 +214,21 @@ def initial_model(config: TrainConfig) -> ColmModel:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of step `step`, counted from 0: linear warm-up, then a cosine."""
-    if step < config.warmup_steps:
-        return config.peak_lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    """The learning rate of step `step`, counted from 0: linear warm-up, then a cosine, both
+    within the step's stage."""
+    stage = stage_at(config, step)
+    num_done, num_steps = step - stage.first_step, stage.end_step - stage.first_step
+    if num_done < config.warmup_steps:
+        return config.peak_lr * (num_done + 1) / config.warmup_steps
+    done = (num_done - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     cosine = (1 + math.cos(math.pi * done)) / 2
     return config.peak_lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
 
 
 def _make_optimizer(model: ColmModel, config: TrainConfig) -> AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)

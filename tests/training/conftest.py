@@ -9,21 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from colm_serve.model.config import ColmConfig
 from colm_serve.training.config import TrainConfig
+from tests.training.runs import MODEL
 
-MODEL = ColmConfig(
-    vocab_size=280,
-    chains=(1, 1, 2),
-    d_model=32,
-    d_ff=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=8,
-    max_context=64,
-    tie_embeddings=True,
-)
 RECIPE = TrainConfig(
     model=MODEL,
     num_steps=12,

@@ -18,11 +18,11 @@ from colm_serve.errors import CheckpointError, InvalidArgument, InvalidConfig
 from colm_serve.model.checkpoint import load_model
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.dataset import TrainingBatches
-from colm_serve.training.metrics import read_metrics
 from colm_serve.training.report import Report
 from colm_serve.training.snapshot import checkpoint_folders, export_model
 from colm_serve.training.stop_signal import StopSignal
 from colm_serve.training.trainer import initial_model, learning_rate, train
+from tests.training.runs import StopAfter, losses
 
 MakeRecipe = Callable[..., TrainConfig]
 
@@ -37,28 +37,6 @@ config = TrainConfig.from_dict(json.loads(sys.argv[1]))
 result = train(config, Path(sys.argv[2]), data=Path(sys.argv[3]), device="cpu")
 print(json.dumps([result.num_steps, result.finished]))
 """
-
-
-def losses(run_folder: Path) -> dict[int, float]:
-    rows = read_metrics(run_folder / "metrics.jsonl")
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
-class StopAfter(StopSignal):
-    """Asks for a stop once the loop has looked `num_looks` times."""
-
-    def __init__(self, num_looks: int) -> None:
-        self._looks_left = num_looks
-        super().__init__()
-
-    @property
-    def requested(self) -> bool:
-        self._looks_left -= 1
-        return self._looks_left < 0
-
-    @requested.setter
-    def requested(self, value: bool) -> None:
-        """The base class starts with False."""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -85,7 +63,7 @@ def test_training_lowers_every_levels_heldout_loss(
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(
     recipe: MakeRecipe, corpus_folder: Path, tmp_path: Path, kill_signal: signal.Signals
 ) -> None:
-    config = recipe(num_steps=150, checkpoint_interval_s=0.05, eval_interval_steps=1000)
+    config = recipe(num_steps=150, checkpoint_interval_s=0.3, eval_interval_steps=1000)
     killed = tmp_path / "killed"
     arguments = [json.dumps(config.to_dict()), str(killed), str(corpus_folder)]
     process = subprocess.Popen(
