@@ -16,9 +16,11 @@ from rich.table import Table
 from colm_serve.client import Client, Finished, Started, Token
 from colm_serve.cluster.launch import Cluster
 from colm_serve.config import ClusterConfig
+from colm_serve.convert.expand import expand as expand_model
 from colm_serve.demo import run_demo
 from colm_serve.errors import ColmError
 from colm_serve.measured_costs import measure_costs
+from colm_serve.model.config import KvSharing
 from colm_serve.pattern_search import patterns_table, write_pattern_file
 from colm_serve.simulate.command import run_simulation
 from colm_serve.simulate.report import outcome_table, write_outcome
@@ -198,6 +200,26 @@ def evaluate(
     """Print the held-out loss of every level."""
     report = evaluate_folder(model, TrainConfig.load(model / "train.yaml"), data)
     console.print(report.table())
+
+
+@app.command()
+def expand(
+    model: Annotated[Path, typer.Argument(help="A CoLM folder, such as an imported LLaMA's.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not be there.")],
+    add_chains: Annotated[
+        list[int], typer.Option(help="Query heads of a new chain; repeat it for more chains.")
+    ],
+    kv_sharing: Annotated[
+        KvSharing | None,
+        typer.Option(help="For a model of one chain; default: what it says, air if imported."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+) -> None:
+    """Add chains to a model; until they are trained, it says what it said."""
+    config = expand_model(model, out, add_chains, kv_sharing=kv_sharing, seed=seed)
+    for level in range(1, config.num_chains + 1):
+        console.print(f"level {level}: {config.num_params(level):,} parameters")
+    console.print(f"written to {out}")
 
 
 @app.command()

@@ -64,7 +64,27 @@ def kv_identity(folder: Path) -> str:
     that share chain 1 agree, whatever they have above it: a base, its expansions, tuned variants.
     """
     config = ColmConfig.load(folder)
-    return _kv_identity(config, _read_header(chain_path(folder, 1), chain=1)["digest"])
+    return _kv_identity(config, chain_digest(folder, 1))
+
+
+def chain_digest(folder: Path, chain: int) -> str:
+    """The content digest that a chain's file says it has; contents are not read."""
+    return _read_header(chain_path(folder, chain), chain)["digest"]
+
+
+def read_tensor(folder: Path, chain: int, name: str) -> Tensor:
+    """One tensor of a chain's file by its stored name; the digest is not checked.
+
+    Raises:
+        CheckpointError: the file is missing or truncated, or has no such tensor.
+    """
+    path = chain_path(folder, chain)
+    _read_header(path, chain)
+    with safe_open(path, framework="pt") as file:
+        if name not in file.keys():  # noqa: SIM118
+            raise CheckpointError(f"{path}: tensor {name} is missing")
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def check_folder(folder: Path) -> ColmConfig:
@@ -74,7 +94,7 @@ def check_folder(folder: Path) -> ColmConfig:
         CheckpointError, InvalidConfig: as `load_model`, except that contents are not read.
     """
     config = ColmConfig.load(folder)
-    base = _read_header(chain_path(folder, 1), chain=1)["digest"]
+    base = chain_digest(folder, 1)
     for chain in range(2, config.num_chains + 1):
         _check_base(chain_path(folder, chain), _read_header(chain_path(folder, chain), chain), base)
     return config
@@ -119,7 +139,6 @@ def save_model(model: ColmModel, folder: Path, dtype: torch.dtype | None = None)
             base = base or digest
         folder.mkdir(exist_ok=True)
         for path in sorted(staging.iterdir()):
-            path.chmod(0o644)  # safetensors would keep its files to their owner
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -139,7 +158,9 @@ def write_chain(
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     digest = _digest(stored)
     header = {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base or digest}
-    save_file(stored, chain_path(folder, chain), header)
+    path = chain_path(folder, chain)
+    save_file(stored, path, header)
+    path.chmod(0o644)  # safetensors would keep it to its owner
     return digest
 
 
@@ -160,7 +181,7 @@ def load_model(
         InvalidConfig: config.json has a value that is not allowed.
     """
     model = _make_empty(folder, num_chains, with_head)
-    base = _read_header(chain_path(folder, 1), chain=1)["digest"]
+    base = chain_digest(folder, 1)
     for chain in range(1, model.num_chains + 1):
         _load_chain(model, folder, chain, base, dtype, device)
     model.rotations = model.rotations.to(device)
@@ -177,7 +198,7 @@ def load_cpu_model(
 ) -> LoadedModel[CpuModel]:
     """As `load_model`, packed for serving on a CPU; holds one file at a time beside the result."""
     model = _make_empty(folder, num_chains, with_head)
-    base = _read_header(chain_path(folder, 1), chain=1)["digest"]
+    base = chain_digest(folder, 1)
     packed = CpuModel(model.config, model.num_chains, with_head=with_head, dtype=weight_dtype)
     for chain in range(1, model.num_chains + 1):
         _load_chain(model, folder, chain, base, torch.float32, "cpu")

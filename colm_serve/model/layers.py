@@ -9,8 +9,7 @@ Shapes: T rows (tokens), D model width, O output width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -19,17 +18,23 @@ from torch import Tensor, nn
 
 from colm_serve.kernels import dispatch
 
-_SMALL_NORMAL = partial(nn.init.normal_, std=0.02)
+
+def init_weight(layer: nn.Module, weight: Tensor) -> None:
+    """Give a weight of one of these layers the value that training begins with."""
+    if isinstance(layer, ChainLinear):
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    elif isinstance(layer, ChainRMSNorm):
+        nn.init.ones_(weight)
+    else:
+        nn.init.normal_(weight, std=0.02)
 
 
-def _make_weights(
-    shapes: Iterable[tuple[int, int]], init: Callable[[Tensor], Tensor]
-) -> nn.ParameterList:
+def _make_weights(layer: nn.Module, shapes: Iterable[tuple[int, ...]]) -> nn.ParameterList:
     weights = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
     for weight in weights:
         # A loader builds on the meta device, where initialising does nothing but import 150 MB.
         if not weight.is_meta:
-            init(weight)
+            init_weight(layer, weight)
     return weights
 
 
@@ -39,7 +44,7 @@ class ChainLinear(nn.Module):
     def __init__(self, in_dims: Sequence[int], out_dims: Sequence[int], bias: bool = False) -> None:
         super().__init__()
         shapes = zip(out_dims, accumulate(in_dims), strict=True)
-        self.weights = _make_weights(shapes, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+        self.weights = _make_weights(self, shapes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(o)) for o in out_dims if bias)
 
     def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
@@ -53,7 +58,7 @@ class ChainRMSNorm(nn.Module):
 
     def __init__(self, chain_dims: Sequence[int], eps: float) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(nn.Parameter(torch.ones(d)) for d in chain_dims)
+        self.weights = _make_weights(self, ((d,) for d in chain_dims))
         self.eps = eps
 
     def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
@@ -65,7 +70,7 @@ class ChainEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
         super().__init__()
-        self.weights = _make_weights(((vocab_size, d) for d in chain_dims), _SMALL_NORMAL)
+        self.weights = _make_weights(self, ((vocab_size, d) for d in chain_dims))
 
     def forward(self, token_ids_T: Tensor, num_rows: Sequence[int]) -> Tensor:
         """[T] token ids to [T, D]; zero where a row's level lacks the chain."""
@@ -91,7 +96,7 @@ class SharedHead(nn.Module):
 
     def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
         super().__init__()
-        self.weights = _make_weights(((vocab_size, d) for d in chain_dims), _SMALL_NORMAL)
+        self.weights = _make_weights(self, ((vocab_size, d) for d in chain_dims))
 
     def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
         """[T, D] to [T, V], each row scored at its own level."""
@@ -126,7 +131,7 @@ class PerLevelHead(nn.Module):
     def __init__(self, vocab_size: int, chain_dims: Sequence[int]) -> None:
         super().__init__()
         shapes = ((vocab_size, width) for width in accumulate(chain_dims))
-        self.weights = _make_weights(shapes, _SMALL_NORMAL)
+        self.weights = _make_weights(self, shapes)
 
     def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
         """[T, D] to [T, V], each row scored at its own level."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from colm_serve.model.initial import initial_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.dataset import Dataset, TrainingBatches, prepare_dataset
@@ -107,7 +108,7 @@ class Trainer:
         snapshot = load_newest_snapshot(run_folder, config)
         self.step = snapshot.step if snapshot else 0
         self.stage = stage_at(config, self.step)
-        self.model = initial_model(config)
+        self.model = initial_model(config.model, config.seed)
         self.model.recompute_activations = config.recompute_activations
         if snapshot:
             restore_weights(snapshot, self.model)
@@ -197,20 +198,6 @@ class Trainer:
                 "tokens_per_s": round(self.config.tokens_per_step / elapsed_s),
             }
         )
-
-
-def initial_model(config: TrainConfig) -> ColmModel:
-    """The model before its first step: the same for the same recipe, on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = ColmModel(config.model)
-    # What each block adds to the residual stream starts small, the more so the deeper the stack.
-    scale = 1 / math.sqrt(2 * config.model.num_layers)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".wo." in name or ".w2." in name:
-                parameter.mul_(scale)
-    return model
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

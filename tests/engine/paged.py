@@ -18,6 +18,7 @@ from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.attention import CausalContext
 from colm_serve.model.checkpoint import LoadedModel, load_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel, level_rows
 from tests.helpers import GREEDY, sample_rows, whole_model
 
@@ -67,7 +68,7 @@ def poisoned_pool(folder: Path) -> KvPool:
 
 
 def prefill(
-    model: ColmModel, pool: KvPool, table: BlockTable, tokens: Sequence[int], cuts: Sequence[int]
+    model: ServingModel, pool: KvPool, table: BlockTable, tokens: Sequence[int], cuts: Sequence[int]
 ) -> None:
     """Compute `tokens` in chunks that end at each of `cuts` and at the end."""
     start = 0
@@ -83,7 +84,7 @@ def decode_row(tokens: Sequence[int], level: int, table: BlockTable) -> Segment:
 
 
 def decode(
-    model: ColmModel,
+    model: ServingModel,
     pool: KvPool,
     table: BlockTable,
     prompt: Sequence[int],

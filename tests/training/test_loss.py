@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from colm_serve.model.initial import initial_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.loss import draw_level_weights, evaluate, multi_chain_loss
-from colm_serve.training.trainer import initial_model
 
 
 @pytest.fixture
 def model(recipe: Callable[..., TrainConfig]) -> ColmModel:
-    return initial_model(recipe())
+    config = recipe()
+    return initial_model(config.model, config.seed)
 
 
 def level_loss(model: ColmModel, level: int, rows_BS: Tensor) -> Tensor:

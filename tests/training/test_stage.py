@@ -10,11 +10,12 @@ import torch
 
 from colm_serve.errors import InvalidConfig
 from colm_serve.model.checkpoint import load_model
+from colm_serve.model.initial import initial_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.snapshot import checkpoint_folders
 from colm_serve.training.stage import Stage, stage_at
-from colm_serve.training.trainer import initial_model, learning_rate, train
+from colm_serve.training.trainer import learning_rate, train
 from tests.training.runs import MODEL, StopAfter, losses
 
 MakeRecipe = Callable[..., TrainConfig]
@@ -35,7 +36,7 @@ def test_the_paper_s_stages_follow_each_other(recipe: MakeRecipe) -> None:
 
 def test_each_stage_trains_its_weights_on_its_levels(recipe: MakeRecipe) -> None:
     config = recipe(model=PER_LEVEL, backbone_steps=7)
-    model, generator = initial_model(config), np.random.default_rng(0)
+    model, generator = initial_model(config.model, config.seed), np.random.default_rng(0)
     everything = trained_names(model)
     heads = {f"head.weights.{i}" for i in range(3)}
     backbone_stage, heads_stage = stage_at(config, 0), stage_at(config, 7)

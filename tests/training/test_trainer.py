@@ -16,12 +16,13 @@ import torch
 
 from colm_serve.errors import CheckpointError, InvalidArgument, InvalidConfig
 from colm_serve.model.checkpoint import load_model
+from colm_serve.model.initial import initial_model
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.dataset import TrainingBatches
 from colm_serve.training.report import Report
 from colm_serve.training.snapshot import checkpoint_folders, export_model
 from colm_serve.training.stop_signal import StopSignal
-from colm_serve.training.trainer import initial_model, learning_rate, train
+from colm_serve.training.trainer import learning_rate, train
 from tests.training.runs import StopAfter, losses
 
 MakeRecipe = Callable[..., TrainConfig]
@@ -194,7 +195,7 @@ def test_learning_rate_warms_up_and_decays(recipe: MakeRecipe) -> None:
 
 def test_initial_weights_follow_the_seed_and_leave_torchs_own_alone(recipe: MakeRecipe) -> None:
     before = torch.get_rng_state()
-    first, second, other = (initial_model(recipe(seed=seed)) for seed in (1, 1, 2))
+    first, second, other = (initial_model(recipe().model, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     weights = [m.embedding.weights[0] for m in (first, second, other)]
     assert torch.equal(weights[0], weights[1])
