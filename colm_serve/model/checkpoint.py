@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from colm_serve.errors import CheckpointError
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.content_digest import ContentDigest
 from colm_serve.model.cpu_model import CpuModel
+from colm_serve.model.head_order import runtime_order, stored_order
 from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
 
@@ -130,7 +132,7 @@ def save_model(model: ColmModel, folder: Path, dtype: torch.dtype | None = None)
         base = None
         for chain in range(1, model.num_chains + 1):
             tensors = {
-                name: _stored_order(name, model.config, chain, tensor.detach()).to(
+                name: stored_order(name, model.config, chain, tensor.detach()).to(
                     device="cpu", dtype=dtype or tensor.dtype
                 )
                 for name, tensor in chain_tensors(model, chain)
@@ -157,11 +159,30 @@ def write_chain(
     """
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     digest = _digest(stored)
-    header = {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base or digest}
     path = chain_path(folder, chain)
-    save_file(stored, path, header)
+    save_file(stored, path, chain_header(chain, digest, base))
     path.chmod(0o644)  # safetensors would keep it to its owner
     return digest
+
+
+def chain_header(chain: int, digest: str, base: str | None = None) -> dict[str, str]:
+    """What a chain's file says of itself; `write_chain` explains the arguments."""
+    return {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base or digest}
+
+
+def read_chain(folder: Path, chain: int) -> dict[str, Tensor]:
+    """A chain's tensors by stored name, mapped from its file and checked against its digest.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or damaged.
+    """
+    path = chain_path(folder, chain)
+    header = _read_header(path, chain)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if _digest(tensors) != header["digest"]:
+        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+    return tensors
 
 
 def load_model(
@@ -223,12 +244,8 @@ def _load_chain(
     device: torch.device | str,
 ) -> None:
     path = chain_path(folder, chain)
-    header = _read_header(path, chain)
-    _check_base(path, header, base)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if _digest(tensors) != header["digest"]:
-        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+    _check_base(path, _read_header(path, chain), base)
+    tensors = read_chain(folder, chain)
     slots = dict(chain_tensors(model, chain))
     unread = set() if model.head is not None else _HEAD_TENSORS
     if foreign := sorted(tensors.keys() - slots.keys() - unread):
@@ -239,7 +256,7 @@ def _load_chain(
         found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
         if found != expected:
             raise CheckpointError(f"{path}: tensor {name} has shape {found}, expected {expected}")
-        tensor = _runtime_order(name, model.config, chain, tensors[name])
+        tensor = runtime_order(name, model.config, chain, tensors[name])
         _assign(model, chain, name, tensor.to(device=device, dtype=dtype).contiguous())
 
 
@@ -272,13 +289,12 @@ def _read_header(path: Path, chain: int) -> Mapping[str, str]:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and bytes, independent of the order in the file."""
-    state = xxhash.xxh3_128()
+    digest = ContentDigest()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        state.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()
+        digest.begin(name, tensor.dtype, tensor.shape)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def chain_tensors(model: ColmModel, chain: int) -> Iterator[tuple[str, nn.Parameter]]:
@@ -303,56 +319,3 @@ def _assign(model: ColmModel, chain: int, name: str, tensor: Tensor) -> None:
     for slot_name, owner, index in _chain_slots(model, chain):
         if slot_name == name:
             owner[index] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _stored_order(name: str, config: ColmConfig, chain: int, tensor: Tensor) -> Tensor:
-    """Put query heads, which stand in tile order in memory, into the config's order."""
-    return _reorder_heads(name, config, chain, tensor, _tile_to_interleave)
-
-
-def _runtime_order(name: str, config: ColmConfig, chain: int, tensor: Tensor) -> Tensor:
-    return _reorder_heads(name, config, chain, tensor, _interleave_to_tile)
-
-
-def _reorder_heads(
-    name: str,
-    config: ColmConfig,
-    chain: int,
-    tensor: Tensor,
-    order: Callable[[int, int], list[int]],
-) -> Tensor:
-    if config.kv_repeat == "tile" or not name.endswith((".wq.weight", ".wo.weight")):
-        return tensor
-
-    def permutation(i: int) -> list[int]:
-        kv = config.num_kv_heads if config.kv_sharing == "air" else config.kv_heads_per_chain[i]
-        return order(config.heads_per_chain[i], kv)
-
-    if name.endswith(".wq.weight"):
-        heads: Tensor = tensor.unflatten(0, (-1, config.head_dim))
-        return heads[permutation(chain - 1)].flatten(0, 1)
-    columns: list[int] = []
-    for i in range(chain):
-        start = len(columns)
-        columns += [start + head for head in permutation(i)]
-    heads = tensor.unflatten(1, (-1, config.head_dim))
-    return heads[:, columns].flatten(1, 2)
-
-
-def stored_heads(config: ColmConfig) -> list[int]:
-    """The number that each of chain 1's query heads in memory has in the model's own order."""
-    num_heads = config.heads_per_chain[0]
-    if config.kv_repeat == "tile":
-        return list(range(num_heads))
-    return _interleave_to_tile(num_heads, config.kv_heads_per_chain[0])
-
-
-def _interleave_to_tile(num_heads: int, num_kv_heads: int) -> list[int]:
-    """Stored head to read for each tile-ordered head: tile (r, kv) is interleaved (kv, r)."""
-    repeats = num_heads // num_kv_heads
-    return [(j % num_kv_heads) * repeats + j // num_kv_heads for j in range(num_heads)]
-
-
-def _tile_to_interleave(num_heads: int, num_kv_heads: int) -> list[int]:
-    repeats = num_heads // num_kv_heads
-    return [(j % repeats) * num_kv_heads + j // repeats for j in range(num_heads)]

@@ -32,7 +32,8 @@ from colm_serve.engine.sparse.selectors import (
 from colm_serve.engine.sparse.sparsity import select_keys
 from colm_serve.kernels.sparse_attention import SparseIndex
 from colm_serve.kv.pool import KvPool
-from colm_serve.model.checkpoint import LoadedModel, stored_heads
+from colm_serve.model.checkpoint import LoadedModel
+from colm_serve.model.head_order import stored_heads
 from colm_serve.model.paged import PagedContext, Span
 from colm_serve.model.serving import ServingModel
 

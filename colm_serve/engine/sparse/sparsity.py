@@ -16,8 +16,8 @@ from colm_serve.engine.sparse.pattern_file import load_patterns
 from colm_serve.engine.sparse.selectors import Dense, Selector
 from colm_serve.kernels.sparse_attention import SparseIndex
 from colm_serve.kv.pool import KvPool
-from colm_serve.model.checkpoint import stored_heads
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.head_order import stored_heads
 from colm_serve.model.paged import Span
 
 
