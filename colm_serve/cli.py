@@ -17,6 +17,9 @@ from colm_serve.client import Client, Finished, Started, Token
 from colm_serve.cluster.launch import Cluster
 from colm_serve.config import ClusterConfig
 from colm_serve.convert.expand import expand as expand_model
+from colm_serve.convert.export_llama import export_llama as convert_to_llama
+from colm_serve.convert.import_llama import import_llama as convert_from_llama
+from colm_serve.convert.progress import byte_bar
 from colm_serve.demo import run_demo
 from colm_serve.errors import ColmError
 from colm_serve.measured_costs import measure_costs
@@ -220,6 +223,28 @@ def expand(
     for level in range(1, config.num_chains + 1):
         console.print(f"level {level}: {config.num_params(level):,} parameters")
     console.print(f"written to {out}")
+
+
+@app.command()
+def import_llama(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face LlamaForCausalLM folder.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+) -> None:
+    """Make a LLaMA checkpoint a CoLM of one chain, with equal logits."""
+    with byte_bar(console, "importing") as report:
+        config = convert_from_llama(source, out, report)
+    console.print(f"{config.num_params():,} parameters written to {out}")
+
+
+@app.command()
+def export_llama(
+    model: Annotated[Path, typer.Argument(help="A model folder of any number of chains.")],
+    out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.")],
+) -> None:
+    """Write a model's level 1 as a Hugging Face LlamaForCausalLM."""
+    with byte_bar(console, "exporting") as report:
+        config = convert_to_llama(model, out, report)
+    console.print(f"{config.num_params():,} parameters written to {out}")
 
 
 @app.command()

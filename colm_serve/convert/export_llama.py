@@ -1,0 +1,102 @@
+"""Level 1 of a CoLM becomes a Hugging Face LLaMA folder, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from colm_serve.convert.hf_checkpoint import SINGLE_FILE
+from colm_serve.convert.hf_config import CONFIG_FILE, hf_config
+from colm_serve.convert.json_file import write_json
+from colm_serve.convert.llama_tensors import llama_tensors
+from colm_serve.convert.new_model import new_model_folder
+from colm_serve.convert.tensor_file import Report, TensorSpec, write_tensor_file
+from colm_serve.convert.tokenizer_files import copy_tokenizer
+from colm_serve.errors import CheckpointError
+from colm_serve.model.checkpoint import chain_path, read_chain
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.head_order import stored_order
+
+
+def export_llama(source: Path, out: Path, report: Report | None = None) -> ColmConfig:
+    """Write level 1 of the CoLM in `source` as a LlamaForCausalLM; returns its config.
+
+    Weights keep their dtype and bits. One tensor is in memory at a time.
+
+    Args:
+        source: a model folder, of any number of chains.
+        out: must not be there yet; comes to be when all of it is written.
+        report: told how many bytes of the weights have been written.
+
+    Raises:
+        CheckpointError: the folder is damaged, or its first chain is no LLaMA.
+        InvalidArgument: `out` is there.
+        InvalidConfig: config.json has a value that is not allowed.
+    """
+    whole = ColmConfig.load(source)
+    config = level_1(whole)
+    _check_is_llama(source, config)
+    tensors = read_chain(source, 1)
+    stored_names = _match_tensors(chain_path(source, 1), tensors, config)
+
+    def read(name: str) -> Tensor:
+        stored = stored_names[name]
+        if whole.kv_repeat == "tile":
+            return stored_order(stored, config, 1, tensors[stored])
+        return tensors[stored]
+
+    with new_model_folder(out) as folder:
+        write_tensor_file(
+            folder / SINGLE_FILE,
+            {
+                name: TensorSpec(tensors[stored].dtype, tuple(tensors[stored].shape))
+                for name, stored in stored_names.items()
+            },
+            read,
+            lambda digest: {"format": "pt"},
+            report,
+        )
+        copy_tokenizer(source, folder)
+        dtype = str(tensors["embedding.weight"].dtype).removeprefix("torch.")
+        write_json(folder / CONFIG_FILE, hf_config(config, dtype))
+    return config
+
+
+def level_1(config: ColmConfig) -> ColmConfig:
+    """The one-chain model that a CoLM's first chain is, in LLaMA's order of query heads."""
+    return replace(
+        config,
+        chains=(1,),
+        d_model=config.chain_dims[0],
+        d_ff=config.chain_ff_dims[0],
+        num_heads=config.heads_per_chain[0],
+        num_kv_heads=config.kv_heads_per_chain[0],
+        kv_sharing="air",
+        kv_repeat="interleave",
+        head="shared",
+    )
+
+
+def _check_is_llama(source: Path, config: ColmConfig) -> None:
+    if config.ffn != "swiglu":
+        raise CheckpointError(f"{source / CONFIG_FILE}: ffn: {config.ffn!r}; a LLaMA has 'swiglu'")
+    if config.d_model % config.num_heads:
+        raise CheckpointError(
+            f"{source / CONFIG_FILE}: chain 1 is {config.d_model} wide and has "
+            f"{config.num_heads} query heads; a LLaMA's width is a multiple of them"
+        )
+
+
+def _match_tensors(path: Path, tensors: dict[str, Tensor], config: ColmConfig) -> dict[str, str]:
+    """The stored name of each of the LLaMA's tensors."""
+    expected = {tensor.stored: tensor.shape for tensor in llama_tensors(config)}
+    found = {stored: tuple(tensor.shape) for stored, tensor in tensors.items()}
+    for stored in sorted(found.keys() | expected.keys()):
+        if found.get(stored) != expected.get(stored):
+            raise CheckpointError(
+                f"{path}: tensor {stored} has shape {found.get(stored)}, expected "
+                f"{expected.get(stored)} by config.json"
+            )
+    return {tensor.name: tensor.stored for tensor in llama_tensors(config)}

@@ -1,0 +1,104 @@
+"""The tensors of a Hugging Face folder, in one safetensors file or in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from colm_serve.convert.json_file import read_json
+from colm_serve.convert.tensor_file import DTYPES, TensorSpec
+from colm_serve.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class HfCheckpoint:
+    """Names and shapes of all tensors, and their content one by one; see `open_checkpoint`.
+
+    Attributes:
+        specs: the tensors that are there.
+    """
+
+    def __init__(self, files: Mapping[str, tuple[Path, Any]]) -> None:
+        self._files = files
+        self.specs = {name: self._spec(name) for name in files}
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name][0]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored; mapped from its file, so it takes no memory until changed."""
+        tensor: Tensor = self._files[name][1].get_tensor(name)
+        return tensor
+
+    def _spec(self, name: str) -> TensorSpec:
+        path, file = self._files[name]
+        entry = file.get_slice(name)
+        dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}"
+            )
+        return TensorSpec(DTYPES[dtype], shape)
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Iterator[HfCheckpoint]:
+    """Open a folder's safetensors files; only their headers are read.
+
+    Raises:
+        CheckpointError: there are none, one is missing, truncated or damaged, or the index names
+            a tensor that its file does not have.
+    """
+    with ExitStack() as stack:
+        files: dict[str, tuple[Path, Any]] = {}
+        for path, indexed in _tensor_files(folder).items():
+            file = stack.enter_context(_open(path))
+            found = set(file.keys())
+            if missing := sorted(indexed - found):
+                raise CheckpointError(
+                    f"{path}: tensor {missing[0]} is missing; {INDEX_FILE} says it is here"
+                )
+            files |= dict.fromkeys(found, (path, file))
+        yield HfCheckpoint(files)
+
+
+def _tensor_files(folder: Path) -> dict[Path, set[str]]:
+    """The files, each with the tensors that the index says it has; one file has no index."""
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.exists():
+        return {single: set()}
+    if not index.exists():
+        raise CheckpointError(
+            f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
+        )
+    files: dict[Path, set[str]] = {}
+    for name, file_name in _weight_map(index).items():
+        files.setdefault(folder / file_name, set()).add(name)
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map: dict[str, str] = read_json(index).get("weight_map", dict)
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(
+                f"{index}: weight_map: tensor {name} is in {file_name!r}, which is no file name"
+            )
+    return weight_map
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; {INDEX_FILE} names it") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not safetensors: {error}") from error
