@@ -184,7 +184,10 @@ def train(
         Path | None, typer.Option(help="Text files; default: the standard library's source.")
     ] = None,
 ) -> None:
-    """Train a CoLM; Ctrl-C keeps a checkpoint, and the same command goes on from it."""
+    """Train a CoLM; Ctrl-C keeps a checkpoint, and the same command goes on from it.
+
+    With N processes: torchrun --nproc-per-node N --local-ranks-filter 0 --no-python colm train ...
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = run_training(TrainConfig.load(recipe), out, data=data)
     if result.model_folder is None:

@@ -180,6 +180,11 @@ class ColmModel(nn.Module):
         out: Tensor = self(token_ids_BS.flatten(), positions, num_rows, context)
         return out
 
+    def level_logits(self, token_ids_BS: Tensor) -> list[Tensor]:
+        """Next-token scores [B * S, V] of whole sequences at every level, lowest first."""
+        assert self.head is not None, "a model without head only prefills"
+        return self.head.all_levels(self.hidden_states(token_ids_BS))
+
 
 def level_rows(levels: Sequence[int]) -> tuple[int, ...]:
     """How many leading rows each chain touches, for rows at these levels (highest first).

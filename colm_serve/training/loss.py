@@ -34,8 +34,7 @@ def multi_chain_loss(
         level_weights: one a level, lowest first; a level of weight zero costs nothing. Equal
             weights that sum to one give the mean over levels.
     """
-    assert model.head is not None
-    logits = model.head.all_levels(model.hidden_states(token_ids_BS))
+    logits = model.level_logits(token_ids_BS)
     targets_T = targets_BS.flatten()
     losses = [
         weight * F.cross_entropy(logits_TV.float(), targets_T)
@@ -87,7 +86,6 @@ def evaluate(
         token_bytes: bytes that each token id stands for.
         max_tokens: look at about this many predictions only, spread over the stream.
     """
-    assert model.head is not None
     device = model.rotations.device
     nats = np.zeros(model.num_chains)
     num_tokens = num_bytes = 0
@@ -95,9 +93,9 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for inputs, targets in _windows(tokens, seq_len, sequences_per_batch, max_tokens):
-            hidden = model.hidden_states(torch.from_numpy(inputs).to(device))
+            logits = model.level_logits(torch.from_numpy(inputs).to(device))
             targets_T = torch.from_numpy(targets).flatten().to(device)
-            for i, logits_TV in enumerate(model.head.all_levels(hidden)):
+            for i, logits_TV in enumerate(logits):
                 nats[i] += F.cross_entropy(logits_TV.float(), targets_T, reduction="sum").item()
             num_tokens += targets.size
             num_bytes += int(token_bytes[targets].sum())

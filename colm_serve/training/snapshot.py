@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 
 from colm_serve.errors import CheckpointError, InvalidConfig
@@ -29,6 +30,7 @@ from colm_serve.files import new_folder
 from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
+from colm_serve.training.data_parallel import DataParallel, shard_like
 from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ _NUM_KEPT = 2
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole checkpoint, read."""
+    """A whole checkpoint: weights and AdamW's state by the parameter's name."""
 
     folder: Path
     step: int
@@ -46,21 +48,33 @@ class Snapshot:
     optimizer: Mapping[str, Tensor]
 
 
-def save_snapshot(
-    run_folder: Path, config: TrainConfig, model: ColmModel, optimizer: AdamW, step: int
-) -> Path:
-    """Write the state after `step` steps; older checkpoints but the last go away."""
-    target = run_folder / f"checkpoint-{step:08d}"
-    with new_folder(target) as staging:
+def take_snapshot(
+    run_folder: Path, group: DataParallel, model: ColmModel, optimizer: AdamW, step: int
+) -> Snapshot:
+    """The state after `step` steps. Every process calls it; the leader's holds the tensors."""
+    if isinstance(model, FSDPModule):
+        # A forward pass without a backward one leaves whole weights in place of the shards.
+        model.reshard()
+    weights = group.collect(model.named_parameters())
+    state = group.collect(_optimizer_state(model, optimizer))
+    return Snapshot(run_folder / f"checkpoint-{step:08d}", step, weights, state)
+
+
+def save_snapshot(snapshot: Snapshot, config: TrainConfig) -> None:
+    """Write a snapshot to its folder; older ones of the run but the last go away."""
+    with new_folder(snapshot.folder) as staging:
+        with torch.device("meta"):
+            model = ColmModel(config.model)
+        model.load_state_dict(snapshot.weights, strict=False, assign=True)
         save_model(model, staging)
-        save_file(_optimizer_state(model, optimizer), staging / "optimizer.safetensors")
-        state = {"step": step, "recipe": config.to_dict()}
+        save_file(dict(snapshot.optimizer), staging / "optimizer.safetensors")
+        state = {"step": snapshot.step, "recipe": config.to_dict()}
         (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
     # A later one can only be there damaged, and says nothing about which to keep.
-    past = [folder for folder in checkpoint_folders(run_folder) if folder.name <= target.name]
+    past = checkpoint_folders(snapshot.folder.parent)
+    past = [folder for folder in past if folder.name <= snapshot.folder.name]
     for old in past[:-_NUM_KEPT]:
         shutil.rmtree(old)
-    return target
 
 
 def checkpoint_folders(run_folder: Path) -> list[Path]:
@@ -116,18 +130,16 @@ def restore_optimizer(snapshot: Snapshot, model: ColmModel, optimizer: AdamW) ->
         # A head has none before its level is first drawn.
         if f"step.{name}" in snapshot.optimizer:
             optimizer.state[parameter] = {
-                key: snapshot.optimizer[f"{key}.{name}"].to(parameter.device)
+                key: shard_like(snapshot.optimizer[f"{key}.{name}"], parameter)
                 for key in _OPTIMIZER_STATE
             }
 
 
-def _optimizer_state(model: ColmModel, optimizer: AdamW) -> dict[str, Tensor]:
-    return {
-        f"{key}.{name}": optimizer.state[parameter][key].detach().cpu().contiguous()
-        for name, parameter in _trained(model)
-        if parameter in optimizer.state
-        for key in _OPTIMIZER_STATE
-    }
+def _optimizer_state(model: ColmModel, optimizer: AdamW) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in _trained(model):
+        if parameter in optimizer.state:
+            for key in _OPTIMIZER_STATE:
+                yield f"{key}.{name}", optimizer.state[parameter][key]
 
 
 def _trained(model: ColmModel) -> list[tuple[str, nn.Parameter]]:

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from colm_serve.model.initial import initial_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
+from colm_serve.training.data_parallel import DataParallel, gather, join_processes
 from colm_serve.training.dataset import Dataset, TrainingBatches, prepare_dataset
 from colm_serve.training.loss import LevelLoss, evaluate, multi_chain_loss
 from colm_serve.training.metrics import MetricsLog
@@ -29,6 +30,7 @@ from colm_serve.training.snapshot import (
     restore_optimizer,
     restore_weights,
     save_snapshot,
+    take_snapshot,
 )
 from colm_serve.training.stage import stage_at
 from colm_serve.training.stop_signal import StopSignal
@@ -44,7 +46,7 @@ class TrainResult:
     Attributes:
         num_steps: optimizer steps behind the weights.
         finished: False when a signal ended the run early; the same call resumes it.
-        model_folder: the trained model, once finished.
+        model_folder: the trained model, once finished; the leading process writes it.
     """
 
     num_steps: int
@@ -65,6 +67,7 @@ def train(
 
     SIGTERM and Ctrl-C write a checkpoint and return. A folder that holds a checkpoint of the same
     recipe is resumed, and reaches the very weights an uninterrupted run on that machine would.
+    Processes that torchrun starts train together; another number of them may resume the run.
 
     Args:
         config: the recipe.
@@ -74,23 +77,27 @@ def train(
         stop: asks the run to stop; default: one that listens to SIGTERM and SIGINT.
 
     Raises:
-        InvalidConfig: the folder holds a run of another recipe or corpus.
+        InvalidConfig: the folder holds a run of another recipe or corpus, or a step's sequences
+            cannot be shared evenly among the processes.
         InvalidArgument: the corpus is missing or too small.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
-    dataset = prepare_dataset(config, run_folder, data)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with stop or StopSignal.on_signals() as stop:
-        trainer = Trainer(config, run_folder, dataset, torch.device(device))
+    with join_processes(device) as group, stop or StopSignal.on_signals() as stop:
+        group.check_shares(config)
+        with group.leader_first():
+            dataset = prepare_dataset(config, run_folder, data)
+        trainer = Trainer(config, run_folder, dataset, group)
         trainer.run(stop)
-        while trainer.step < config.num_steps and not stop.requested:
+        while trainer.step < config.num_steps and not group.any(stop.requested):
             # The next stage begins as a resumed run does.
-            trainer = Trainer(config, run_folder, dataset, torch.device(device))
+            trainer = Trainer(config, run_folder, dataset, group)
             trainer.run(stop)
+    model_folder = run_folder / "model"
     if trainer.step < config.num_steps:
         return TrainResult(trainer.step, False, None)
-    model_folder = export_model(run_folder, config, run_folder / "model")
-    evaluate_folder(model_folder, config, data).save(model_folder)
+    if group.leads:
+        export_model(run_folder, config, model_folder)
+        evaluate_folder(model_folder, config, data).save(model_folder)
     return TrainResult(trainer.step, True, model_folder)
 
 
@@ -98,12 +105,12 @@ class Trainer:
     """One stage of a run: `step` of the run's optimizer steps are done."""
 
     def __init__(
-        self, config: TrainConfig, run_folder: Path, dataset: Dataset, device: torch.device
+        self, config: TrainConfig, run_folder: Path, dataset: Dataset, group: DataParallel
     ) -> None:
         self.config = config
         self.run_folder = run_folder
         self.dataset = dataset
-        self.device = device
+        self.group = group
         self.batches = TrainingBatches(dataset.train, config)
         snapshot = load_newest_snapshot(run_folder, config)
         self.step = snapshot.step if snapshot else 0
@@ -112,28 +119,29 @@ class Trainer:
         self.model.recompute_activations = config.recompute_activations
         if snapshot:
             restore_weights(snapshot, self.model)
-        self.model.to(device)
+        self.model.to(group.device)
         self.stage.freeze_others(self.model)
+        group.shard(self.model)
         self.optimizer = _make_optimizer(self.model, config)
         if snapshot and self.step > self.stage.first_step:
             restore_optimizer(snapshot, self.model, self.optimizer)
         if snapshot:
             _log.info("going on from %s: training %s", snapshot.folder, self.stage.trains)
-        self.metrics = MetricsLog(run_folder / "metrics.jsonl", self.step)
+        self.metrics = MetricsLog(run_folder / "metrics.jsonl", self.step) if group.leads else None
 
     def run(self, stop: StopSignal) -> None:
         """Step until the stage ends or `stop` is asked for; either way leave a checkpoint."""
-        config = self.config
+        config, group = self.config, self.group
         saved_step, saved_at = self.step, time.monotonic()
         with Progress(config, self.step) as progress:
-            while self.step < self.stage.end_step and not stop.requested:
+            while self.step < self.stage.end_step and not group.any(stop.requested):
                 started = time.monotonic()
                 loss, grad_norm = self.train_step()
                 progress.advance(self.step, loss, time.monotonic() - started)
                 self._record(loss, grad_norm, time.monotonic() - started)
                 if self.step % config.eval_interval_steps == 0:
                     progress.show_heldout(self.step, self._evaluate())
-                if time.monotonic() - saved_at >= config.checkpoint_interval_s:
+                if group.any(time.monotonic() - saved_at >= config.checkpoint_interval_s):
                     self.save()
                     saved_step, saved_at = self.step, time.monotonic()
         if self.step > saved_step:
@@ -145,33 +153,38 @@ class Trainer:
         rows = torch.from_numpy(self.batches[self.step])
         # Levels and windows are drawn from streams of their own.
         generator = np.random.default_rng([config.seed, self.step, 1])
-        total = torch.zeros((), device=self.device)
-        for micro_batch in rows.split(config.sequences_per_micro_batch):
+        total = torch.zeros((), device=self.group.device)
+        for i, micro_batch in enumerate(rows.split(config.sequences_per_micro_batch)):
             weights = self.stage.level_weights(config, generator)
-            total += self._accumulate(micro_batch.to(self.device), weights)
+            if i % self.group.num_processes == self.group.rank:
+                total += self._accumulate(micro_batch.to(self.group.device), weights)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return total.item(), grad_norm.item()
+        return self.group.mean(total).item(), gather(grad_norm).item()
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint of the state as it is."""
-        return save_snapshot(self.run_folder, self.config, self.model, self.optimizer, self.step)
+        snapshot = take_snapshot(self.run_folder, self.group, self.model, self.optimizer, self.step)
+        if self.group.leads:
+            save_snapshot(snapshot, self.config)
+        self.group.wait_for_all()
 
     def _accumulate(self, rows_BS: Tensor, level_weights: Sequence[float]) -> Tensor:
+        """Add to the gradients; the loss, in units whose mean over the processes is the step's."""
         with self._precision():
             loss = multi_chain_loss(self.model, rows_BS[:, :-1], rows_BS[:, 1:], level_weights)
-        loss = loss / self.config.num_micro_batches
+        loss = loss * self.group.num_processes / self.config.num_micro_batches
         loss.backward()
         return loss.detach()
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.config.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.group.device.type, torch.bfloat16)
 
     def _evaluate(self) -> list[LevelLoss]:
         losses = evaluate(
@@ -183,13 +196,13 @@ class Trainer:
             max_tokens=self.config.eval_tokens,
         )
         nats = [round(loss.nats_per_token, 4) for loss in losses]
-        self.metrics.append({"step": self.step, "heldout_loss": nats})
+        self._log_metrics({"step": self.step, "heldout_loss": nats})
         return losses
 
     def _record(self, loss: float, grad_norm: float, elapsed_s: float) -> None:
         if self.step % self.config.log_interval_steps:
             return
-        self.metrics.append(
+        self._log_metrics(
             {
                 "step": self.step,
                 "loss": loss,
@@ -198,6 +211,10 @@ class Trainer:
                 "tokens_per_s": round(self.config.tokens_per_step / elapsed_s),
             }
         )
+
+    def _log_metrics(self, row: dict[str, object]) -> None:
+        if self.metrics:
+            self.metrics.append(row)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
