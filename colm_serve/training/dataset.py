@@ -43,7 +43,7 @@ def prepare_dataset(config: TrainConfig, run_folder: Path, data: Path | None) ->
         InvalidConfig: the folder's tokens were made from another corpus.
         InvalidArgument: the corpus is too small for the recipe.
     """
-    corpus = read_corpus(data, config.heldout_fraction, config.exclude)
+    corpus = read_corpus(data, config.heldout_fraction, config.exclude, config.text_field)
     marker = run_folder / "dataset.json"
     if marker.exists():
         found = json.loads(marker.read_text("utf-8"))["fingerprint"]
@@ -61,7 +61,7 @@ def prepare_dataset(config: TrainConfig, run_folder: Path, data: Path | None) ->
 
 
 def _tokenize(config: TrainConfig, run_folder: Path, corpus: Corpus) -> None:
-    _log.info("training the tokenizer on %d files", len(corpus.train))
+    _log.info("training the tokenizer on %d documents", len(corpus.train))
     tokenizer = train_tokenizer((d.text for d in corpus.train), config.model.vocab_size)
     if tokenizer.get_vocab_size() != config.model.vocab_size:
         raise InvalidConfig(
@@ -76,7 +76,7 @@ def _tokenize(config: TrainConfig, run_folder: Path, corpus: Corpus) -> None:
         tokens = encode_documents(tokenizer, corpus, documents).astype(width)
         np.save(run_folder / f"{split}.npy", tokens, allow_pickle=False)
         summary[split] = {
-            "num_files": len(documents),
+            "num_documents": len(documents),
             "num_bytes": sum(len(d.text.encode()) for d in documents),
             "num_tokens": len(tokens),
         }
