@@ -18,12 +18,16 @@ import torch.nn.functional as F
 
 from colm_serve.errors import InvalidArgument
 from colm_serve.files import new_folder
-from colm_serve.model.checkpoint import chain_digest, check_folder, read_tensor, write_chain
+from colm_serve.model.checkpoint import (
+    carried_files,
+    chain_digest,
+    chain_path,
+    check_folder,
+    read_tensor,
+    write_chain,
+)
 from colm_serve.model.config import ColmConfig, KvSharing
 from colm_serve.model.initial import initial_chain
-
-#: Speaks of the levels that were there.
-_NOT_CARRIED = "eval.json"
 
 
 def expand(
@@ -56,7 +60,8 @@ def expand(
         raise InvalidArgument("out", str(out), "a folder that is not there yet")
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out) as staging:
-        for path in sorted(p for p in model.iterdir() if p.is_file() and p.name != _NOT_CARRIED):
+        chains = [chain_path(model, chain) for chain in range(1, base.num_chains + 1)]
+        for path in (*chains, *carried_files(model)):
             shutil.copyfile(path, staging / path.name)
         config.save(staging)
         for chain in range(base.num_chains + 1, config.num_chains + 1):

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -117,20 +117,40 @@ def _kv_identity(config: ColmConfig, chain_1_digest: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def save_model(model: ColmModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+def carried_files(folder: Path) -> list[Path]:
+    """What a model folder has that stays true of the model with other upper chains.
+
+    That is all but config, chains and the levels' held-out losses: the tokenizer above all.
+    """
+    config = ColmConfig.load(folder)
+    chains = {chain_path(folder, chain).name for chain in range(1, config.num_chains + 1)}
+    left = chains | {"config.json", "eval.json"}
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in left]
+
+
+def save_model(
+    model: ColmModel,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    first_files: Sequence[Path] = (),
+) -> None:
     """Write `config.json` and a file per chain, all or nothing.
 
     Args:
         model: must hold every chain of its config and a head.
         folder: created or its model files replaced; other files in it stay.
         dtype: stored dtype; default: the parameters' own.
+        first_files: files of the first chains, which are copied as they are.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.config.save(staging)
-        base = None
-        for chain in range(1, model.num_chains + 1):
+        for chain, path in enumerate(first_files, start=1):
+            shutil.copyfile(path, chain_path(staging, chain))
+        base = chain_digest(staging, 1) if first_files else None
+        for chain in range(len(first_files) + 1, model.num_chains + 1):
             tensors = {
                 name: stored_order(name, model.config, chain, tensor.detach()).to(
                     device="cpu", dtype=dtype or tensor.dtype

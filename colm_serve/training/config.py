@@ -11,6 +11,7 @@ import yaml
 
 from colm_serve.errors import InvalidConfig
 from colm_serve.model.config import ColmConfig
+from colm_serve.training.tuning import Tuning
 
 Precision = Literal["fp32", "bf16"]
 
@@ -20,8 +21,10 @@ class TrainConfig:
     """Everything that decides the trained weights, apart from the corpus itself.
 
     Attributes:
-        model: the model to train; its vocab_size is also the tokenizer's.
+        model: the model to train; its vocab_size is also the tokenizer's. May be left out of a
+            recipe with `tuning`, whose base has it.
         num_steps: optimizer steps; the learning rate's decay ends with the last.
+        tuning: the model to begin from and what of it stays; None: random weights.
         backbone_steps: of which this many train on the top level's loss alone, and the rest train
             the heads of all levels on the frozen backbone, with a warm-up and decay of their own
             (3.4's two stages); None: all steps train everything on all levels.
@@ -38,9 +41,8 @@ class TrainConfig:
         precision: of matrix products; weights, gradients and reductions stay fp32.
         recompute_activations: keep only the blocks' inputs for the backward pass and run each
             block again there: less memory for a third more work.
-        heldout_fraction: share of the corpus' documents that training never sees.
+        heldout_fraction: share of the corpus' files that training never sees.
         exclude: shell patterns of corpus files to leave out.
-        text_field: where a JSONL or parquet file's rows hold their text.
         eval_interval_steps: steps between looks at the held-out loss.
         eval_tokens: held-out tokens in one such look.
         log_interval_steps: steps between lines of `metrics.jsonl`.
@@ -58,6 +60,7 @@ class TrainConfig:
     sequences_per_micro_batch: int
     peak_lr: float
     warmup_steps: int
+    tuning: Tuning | None = None
     backbone_steps: int | None = None
     lower_levels: int | None = None
     final_lr_fraction: float = 0.1
@@ -67,7 +70,6 @@ class TrainConfig:
     recompute_activations: bool = False
     heldout_fraction: float = 0.03
     exclude: tuple[str, ...] = ()
-    text_field: str = "text"
     eval_interval_steps: int = 100
     eval_tokens: int = 65536
     log_interval_steps: int = 1
@@ -83,7 +85,6 @@ class TrainConfig:
             self._check(key, getattr(self, key) > 0, "a positive number")
         for key in ("seed", "weight_decay"):
             self._check(key, getattr(self, key) >= 0, "zero or a positive number")
-        self._check("text_field", bool(self.text_field), "a key or column's name")
         self._check("precision", self.precision in get_args(Precision), "fp32 or bf16")
         self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "0 to 1")
         self._check("heldout_fraction", 0 < self.heldout_fraction < 1, "between 0 and 1")
@@ -99,6 +100,9 @@ class TrainConfig:
             f"a multiple of sequences_per_micro_batch, {self.sequences_per_micro_batch}",
         )
         num_lower = self.model.num_chains - 1
+        if self.tuning is not None:
+            self.tuning.check(self.model)
+            num_lower -= self.tuning.frozen_chains
         self._check(
             "lower_levels",
             self.lower_levels is None or 0 <= self.lower_levels <= num_lower,
@@ -128,8 +132,6 @@ class TrainConfig:
             value = getattr(self, key)
             if hint is bool:
                 self._check(key, isinstance(value, bool), "true or false")
-            if hint is str:
-                self._check(key, isinstance(value, str), "a text")
             if hint in numbers:
                 is_number = isinstance(value, numbers[hint]) and not isinstance(value, bool)
                 self._check(key, is_number, f"a number of type {hint.__name__}")
@@ -144,7 +146,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        values = {**asdict(self), "model": self.model.to_dict()}
+        tuning = self.tuning and self.tuning.to_dict()
+        values = {**asdict(self), "model": self.model.to_dict(), "tuning": tuning}
         return cast(dict[str, Any], json.loads(json.dumps(values)))
 
     def save(self, path: Path) -> None:
@@ -158,10 +161,10 @@ class TrainConfig:
         for key in raw:
             if key not in known:
                 raise InvalidConfig(key, raw[key], f"only the keys {sorted(known)}")
-        model = raw.get("model")
-        if not isinstance(model, dict):
-            raise InvalidConfig("model", model, "a mapping of the model's keys")
-        values = {**raw, "model": ColmConfig.from_dict({"model_type": "colm", **model})}
+        values = dict(raw)
+        if values.get("tuning") is not None:
+            values["tuning"] = Tuning.from_dict(values["tuning"])
+        values["model"] = _read_model(raw.get("model"), values.get("tuning"))
         if "exclude" in values:
             values["exclude"] = tuple(values["exclude"] or ())
         try:
@@ -185,3 +188,11 @@ class TrainConfig:
         if not isinstance(raw, dict):
             raise InvalidConfig("config", str(path), "a mapping of keys to values")
         return cls.from_dict(raw)
+
+
+def _read_model(raw: Any, tuning: Tuning | None) -> ColmConfig:
+    if raw is None and tuning is not None:
+        return ColmConfig.load(tuning.base)
+    if not isinstance(raw, dict):
+        raise InvalidConfig("model", raw, "a mapping of the model's keys")
+    return ColmConfig.from_dict({"model_type": "colm", **raw})

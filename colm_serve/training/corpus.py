@@ -1,4 +1,4 @@
-"""Text files and rows of JSONL and parquet files as documents, split into training and held-out.
+"""Text files as documents, split by file into training and held-out text.
 
 The default corpus is the running interpreter's standard library: it is on every machine that can
 run this program, so a run is reproducible without a download.
@@ -9,22 +9,19 @@ from __future__ import annotations
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from colm_serve.errors import InvalidArgument
-from colm_serve.training.rows import ROW_SUFFIXES, read_rows
 
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it is from: the file's path below the corpus folder, with forward slashes,
-    and `:row` in a JSONL or parquet file.
-    """
+    """One file: its path below the corpus folder, with forward slashes, and its text."""
 
     path: str
     text: str
@@ -32,7 +29,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in the order of their files' paths and, in a file, of its rows."""
+    """Documents in the order of their paths."""
 
     name: str
     train: tuple[Document, ...]
@@ -48,23 +45,18 @@ class Corpus:
 
 
 def read_corpus(
-    folder: Path | None,
-    heldout_fraction: float,
-    exclude: Sequence[str] = (),
-    text_field: str = "text",
+    folder: Path | None, heldout_fraction: float, exclude: Sequence[str] = ()
 ) -> Corpus:
     """Read every document of `folder`, or the standard library's `*.py` files when it is None.
 
     Args:
-        folder: text files anywhere below it, a document each, and `.jsonl` and `.parquet` files,
-            a document each row; hidden files and texts that are not UTF-8 are left out.
-        heldout_fraction: share of the documents that training never sees; see `is_heldout`.
+        folder: text files anywhere below it; files that are not UTF-8 and hidden files are
+            left out.
+        heldout_fraction: share of the files that training never sees; see `is_heldout`.
         exclude: shell patterns of relative paths to leave out; `*` also matches slashes.
-        text_field: key or column of a row that holds its text.
 
     Raises:
-        InvalidArgument: the folder is missing, or too small to have both splits, or has a row
-            without text; see `read_rows`.
+        InvalidArgument: the folder is missing, or too small to have both splits.
     """
     if folder is None:
         name = f"Python {platform.python_version()} standard library"
@@ -72,31 +64,27 @@ def read_corpus(
     else:
         name, root, pattern = folder.resolve().name, folder, "*"
     if not root.is_dir():
-        raise InvalidArgument("data", str(folder), "a folder of text, JSONL or parquet files")
-    documents = list(_documents(root, sorted(root.rglob(pattern)), exclude, text_field))
+        raise InvalidArgument("data", str(folder), "a folder of text files")
+    documents = list(_documents(root, sorted(root.rglob(pattern)), exclude))
     train = tuple(d for d in documents if not is_heldout(d.path, heldout_fraction))
     heldout = tuple(d for d in documents if is_heldout(d.path, heldout_fraction))
     if not train or not heldout:
         raise InvalidArgument(
             "data",
             str(root),
-            "a folder with documents for training and for the held-out split; this one gives "
+            "a folder with files for training and for the held-out split; this one gives "
             f"{len(train)} and {len(heldout)}",
         )
     return Corpus(name, train, heldout)
 
 
 def is_heldout(path: str, fraction: float) -> bool:
-    """Whether a document is held out: a function of its path alone, so every run and machine
-    agree.
-    """
+    """Whether a file is held out: a function of its path alone, so every run and machine agree."""
     digest = hashlib.sha256(path.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _documents(
-    root: Path, paths: Iterable[Path], exclude: Sequence[str], text_field: str
-) -> Iterator[Document]:
+def _documents(root: Path, paths: Iterable[Path], exclude: Sequence[str]) -> Iterable[Document]:
     for path in paths:
         relative = path.relative_to(root)
         name = relative.as_posix()
@@ -105,16 +93,9 @@ def _documents(
             continue
         if any(fnmatch(name, pattern) for pattern in exclude):
             continue
-        if path.suffix in ROW_SUFFIXES:
-            rows = read_rows(path, text_field)
-            found = [Document(f"{name}:{number}", text) for number, text in rows]
-        else:
-            found = _text_file(name, path)
-        yield from (document for document in found if document.text.strip())
-
-
-def _text_file(name: str, path: Path) -> list[Document]:
-    try:
-        return [Document(name, path.read_text("utf-8"))]
-    except UnicodeDecodeError:
-        return []
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            yield Document(name, text)

@@ -43,7 +43,7 @@ def prepare_dataset(config: TrainConfig, run_folder: Path, data: Path | None) ->
         InvalidConfig: the folder's tokens were made from another corpus.
         InvalidArgument: the corpus is too small for the recipe.
     """
-    corpus = read_corpus(data, config.heldout_fraction, config.exclude, config.text_field)
+    corpus = read_corpus(data, config.heldout_fraction, config.exclude)
     marker = run_folder / "dataset.json"
     if marker.exists():
         found = json.loads(marker.read_text("utf-8"))["fingerprint"]
@@ -61,14 +61,7 @@ def prepare_dataset(config: TrainConfig, run_folder: Path, data: Path | None) ->
 
 
 def _tokenize(config: TrainConfig, run_folder: Path, corpus: Corpus) -> None:
-    _log.info("training the tokenizer on %d documents", len(corpus.train))
-    tokenizer = train_tokenizer((d.text for d in corpus.train), config.model.vocab_size)
-    if tokenizer.get_vocab_size() != config.model.vocab_size:
-        raise InvalidConfig(
-            "model.vocab_size",
-            config.model.vocab_size,
-            f"the {tokenizer.get_vocab_size()} tokens that the corpus yields",
-        )
+    tokenizer = _make_tokenizer(config, corpus)
     save_tokenizer(tokenizer, run_folder, config.model.max_context)
     summary: dict[str, object] = {"corpus": corpus.name, "fingerprint": corpus.fingerprint}
     width = np.uint16 if config.model.vocab_size <= 2**16 else np.uint32
@@ -76,13 +69,29 @@ def _tokenize(config: TrainConfig, run_folder: Path, corpus: Corpus) -> None:
         tokens = encode_documents(tokenizer, corpus, documents).astype(width)
         np.save(run_folder / f"{split}.npy", tokens, allow_pickle=False)
         summary[split] = {
-            "num_documents": len(documents),
+            "num_files": len(documents),
             "num_bytes": sum(len(d.text.encode()) for d in documents),
             "num_tokens": len(tokens),
         }
     # Last, so that a folder with this file has all the others.
     write_atomically(run_folder / "dataset.json", json.dumps(summary, indent=2) + "\n")
     _log.info("tokenized: %s", summary)
+
+
+def _make_tokenizer(config: TrainConfig, corpus: Corpus) -> Tokenizer:
+    vocab_size = config.model.vocab_size
+    if config.tuning is not None:
+        tokenizer = load_tokenizer(config.tuning.base)
+        if tokenizer.get_vocab_size() > vocab_size:
+            allowed = f"a model with {vocab_size} tokens or fewer, as its config.json says"
+            raise InvalidConfig("tuning.base", str(config.tuning.base), allowed)
+        return tokenizer
+    _log.info("training the tokenizer on %d files", len(corpus.train))
+    tokenizer = train_tokenizer((d.text for d in corpus.train), vocab_size)
+    if tokenizer.get_vocab_size() != vocab_size:
+        found = f"the {tokenizer.get_vocab_size()} tokens that the corpus yields"
+        raise InvalidConfig("model.vocab_size", vocab_size, found)
+    return tokenizer
 
 
 class TrainingBatches:

@@ -2,6 +2,7 @@
 
     run folder/checkpoint-00000600/
         config.json chain-<i>.safetensors    the model, as every model folder holds it
+        adapters.safetensors                 what peft adds to the model, if it does
         optimizer.safetensors                AdamW's state of what trains, by parameter name
         state.json                           recipe and step
 
@@ -27,15 +28,17 @@ from torch.optim import AdamW
 
 from colm_serve.errors import CheckpointError, InvalidConfig
 from colm_serve.files import new_folder
-from colm_serve.model.checkpoint import load_model, save_model
+from colm_serve.model.checkpoint import carried_files, load_model, save_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.data_parallel import DataParallel, shard_like
+from colm_serve.training.lora import adapter_tensors, merge_adapters
 from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer
 
 _log = logging.getLogger(__name__)
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 _NUM_KEPT = 2
+_ADAPTERS = "adapters.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ def save_snapshot(snapshot: Snapshot, config: TrainConfig) -> None:
         with torch.device("meta"):
             model = ColmModel(config.model)
         model.load_state_dict(snapshot.weights, strict=False, assign=True)
-        save_model(model, staging)
+        tuning = config.tuning
+        save_model(model, staging, first_files=tuning.frozen_files(tuning.base) if tuning else ())
+        if adapters := adapter_tensors(snapshot.weights):
+            save_file(adapters, staging / _ADAPTERS)
         save_file(dict(snapshot.optimizer), staging / "optimizer.safetensors")
         state = {"step": snapshot.step, "recipe": config.to_dict()}
         (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
@@ -92,12 +98,16 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
         try:
             state = json.loads((folder / "state.json").read_text("utf-8"))
             step, recipe = state["step"], state["recipe"]
-            weights = dict(load_model(folder).model.named_parameters())
+            weights: dict[str, Tensor] = dict(load_model(folder).model.named_parameters())
+            if (folder / _ADAPTERS).exists():
+                weights |= load_file(folder / _ADAPTERS)
             optimizer = load_file(folder / "optimizer.safetensors")
         except (OSError, ValueError, KeyError, CheckpointError, SafetensorError) as error:
             _log.warning("%s cannot be read, trying the one before: %s", folder, error)
             continue
         _check_recipe(folder, config.to_dict(), recipe)
+        if config.tuning is not None:
+            config.tuning.check_same_base(folder)
         return Snapshot(folder, step, weights, optimizer)
     return None
 
@@ -111,8 +121,17 @@ def export_model(run_folder: Path, config: TrainConfig, model_folder: Path) -> P
     snapshot = load_newest_snapshot(run_folder, config)
     if snapshot is None:
         raise CheckpointError(f"{run_folder}: no checkpoint yet; train some more")
-    save_model(load_model(snapshot.folder).model, model_folder)
-    save_tokenizer(load_tokenizer(run_folder), model_folder, config.model.max_context)
+    model = load_model(snapshot.folder).model
+    if config.tuning is None:
+        save_model(model, model_folder)
+        save_tokenizer(load_tokenizer(run_folder), model_folder, config.model.max_context)
+    else:
+        config.tuning.add_adapters(model, config.seed)
+        restore_weights(snapshot, model)
+        merge_adapters(model)
+        save_model(model, model_folder, first_files=config.tuning.frozen_files(snapshot.folder))
+        for path in carried_files(config.tuning.base):
+            shutil.copyfile(path, model_folder / path.name)
     config.save(model_folder / "train.yaml")
     return model_folder
 

@@ -38,7 +38,9 @@ class Stage:
     ) -> tuple[float, ...]:
         """What each level's loss counts in one micro-batch, lowest level first."""
         lower_levels = 0 if self.trains == "backbone" else config.lower_levels
-        return draw_level_weights(config.model.num_chains, lower_levels, generator)
+        num_frozen = config.tuning.frozen_chains if config.tuning else 0
+        num_levels = config.model.num_chains - num_frozen
+        return (0.0,) * num_frozen + draw_level_weights(num_levels, lower_levels, generator)
 
     def freeze_others(self, model: ColmModel) -> None:
         """Leave gradients to the weights that this stage trains."""

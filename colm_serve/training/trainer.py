@@ -115,12 +115,15 @@ class Trainer:
         snapshot = load_newest_snapshot(run_folder, config)
         self.step = snapshot.step if snapshot else 0
         self.stage = stage_at(config, self.step)
-        self.model = initial_model(config.model, config.seed)
+        begin = config.tuning.open_base if config.tuning else initial_model
+        self.model = begin(config.model, config.seed)
         self.model.recompute_activations = config.recompute_activations
         if snapshot:
             restore_weights(snapshot, self.model)
         self.model.to(group.device)
         self.stage.freeze_others(self.model)
+        if config.tuning:
+            config.tuning.freeze(self.model)
         group.shard(self.model)
         self.optimizer = _make_optimizer(self.model, config)
         if snapshot and self.step > self.stage.first_step:

@@ -1,0 +1,171 @@
+"""Later chains learn while the first ones, and all keys and values, stay what they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from colm_serve.convert.expand import expand
+from colm_serve.errors import InvalidConfig
+from colm_serve.model.checkpoint import (
+    chain_digest,
+    chain_path,
+    kv_identity,
+    load_model,
+    save_model,
+)
+from colm_serve.training.config import TrainConfig
+from colm_serve.training.report import Report, evaluate_folder
+from colm_serve.training.stage import stage_at
+from colm_serve.training.trainer import train
+from tests.engine.paged import kv_of_whole_model
+from tests.training.conftest import RECIPE
+from tests.training.runs import MODEL, StopAfter, losses
+
+#: Text of CPython's standard library.
+DATA = Path(json.__file__).parent
+ONE_CHAIN = replace(MODEL, chains=(1,), tie_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model of one chain with its tokenizer, in bf16, as imported ones are."""
+    folder = tmp_path_factory.mktemp("base")
+    config = replace(RECIPE, model=ONE_CHAIN, lower_levels=None, num_steps=60)
+    result = train(config, folder, data=DATA, device="cpu")
+    assert result.model_folder is not None
+    save_model(load_model(result.model_folder).model, result.model_folder, torch.bfloat16)
+    return result.model_folder
+
+
+@pytest.fixture(scope="module")
+def expanded(base: Path) -> Path:
+    """The base with a second chain, which says nothing yet."""
+    expand(base, base.with_name("expanded"), [4])
+    return base.with_name("expanded")
+
+
+@pytest.fixture(scope="module")
+def tuned(expanded: Path) -> Path:
+    return run_recipe(recipe_for(expanded), expanded.with_name("tuning"))
+
+
+def recipe_for(base: Path, **changes: Any) -> TrainConfig:
+    tuning = {"base": str(base), **changes.pop("tuning", {})}
+    raw = replace(RECIPE, lower_levels=None, num_steps=40).to_dict() | changes
+    return TrainConfig.from_dict({**raw, "model": None, "tuning": tuning})
+
+
+def run_recipe(config: TrainConfig, run_folder: Path) -> Path:
+    result = train(config, run_folder, data=DATA, device="cpu")
+    assert result.model_folder is not None
+    return result.model_folder
+
+
+def heldout_losses(folder: Path) -> list[float]:
+    """As the run has measured them."""
+    return [level.heldout_loss for level in Report.load(folder).levels]
+
+
+def assert_first_chain_is_kept(folder: Path, base: Path) -> None:
+    """Its file to the byte, its keys and values to the bit."""
+    assert chain_path(folder, 1).read_bytes() == chain_path(base, 1).read_bytes()
+    assert kv_identity(folder) == kv_identity(base)
+    tokens = list(range(40))
+    expected = kv_of_whole_model(base, tokens, 1)
+    for layer, found in kv_of_whole_model(folder, tokens, 2).items():
+        assert all(map(torch.equal, found, expected[layer]))
+
+
+def test_a_new_chain_lowers_the_loss_and_leaves_the_first_as_it_was(
+    base: Path, expanded: Path, tuned: Path
+) -> None:
+    """Table 2's direction."""
+    untuned = [level.heldout_loss for level in evaluate_folder(expanded, RECIPE, DATA).levels]
+    level_1, level_2 = heldout_losses(tuned)
+    assert untuned == [level_1, level_1]
+    assert level_2 < level_1 - 0.05
+    assert_first_chain_is_kept(tuned, base)
+
+
+def test_lora_tunes_a_trained_chain_and_is_merged_into_its_file(
+    base: Path, tuned: Path, tmp_path: Path
+) -> None:
+    config = recipe_for(tuned, tuning={"lora_rank": 4}, seed=8)
+    folder = run_recipe(config, tmp_path)
+    assert heldout_losses(folder)[1] < heldout_losses(tuned)[1]
+    assert_first_chain_is_kept(folder, base)
+    before, after = (load_model(f).model for f in (tuned, folder))
+    for (name, weight), tuned_weight in zip(
+        before.named_parameters(), after.parameters(), strict=True
+    ):
+        change = (tuned_weight - weight).detach()
+        if name.startswith("blocks") and name.endswith("weights.1") and weight.ndim == 2:
+            assert 0 < torch.linalg.matrix_rank(change, rtol=1e-3) <= 4, name
+        else:
+            assert not change.any(), name
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    tuned: Path, tmp_path: Path, lora_rank: int | None
+) -> None:
+    config = recipe_for(tuned, tuning={"lora_rank": lora_rank}, num_steps=10)
+    straight = run_recipe(config, tmp_path / "straight")
+    for num_steps in (4, 3):
+        stop = StopAfter(num_steps)
+        train(config, tmp_path / "stopped", data=DATA, device="cpu", stop=stop)
+    resumed = run_recipe(config, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    assert chain_digest(resumed, 2) == chain_digest(straight, 2)
+
+
+def test_only_levels_above_the_frozen_ones_count(tuned: Path) -> None:
+    three = tuned.with_name("three")
+    expand(tuned, three, [4])
+    for frozen, expected in ((0, (1 / 3, 1 / 3, 1 / 3)), (1, (0, 0.5, 0.5)), (2, (0, 0, 1))):
+        config = recipe_for(three, tuning={"frozen_chains": frozen})
+        stage, generator = stage_at(config, 0), np.random.default_rng(0)
+        assert stage.level_weights(config, generator) == pytest.approx(expected)
+
+
+def test_a_base_that_was_replaced_meanwhile_is_refused(tuned: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tuned, tmp_path / "base")
+    config = recipe_for(base)
+    train(config, tmp_path / "run", data=DATA, device="cpu", stop=StopAfter(2))
+    model = load_model(base).model
+    with torch.no_grad():
+        model.embedding.weights[0].add_(1)
+    save_model(model, base)
+    with pytest.raises(InvalidConfig, match=r"tuning\.base: .*the model that .*run began with"):
+        train(config, tmp_path / "run", data=DATA, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tuning": {"frozen_chains": 2}}, r"tuning\.frozen_chains: 2 .*allowed: 0 to 1"),
+        ({"tuning": {"frozen_chains": True}}, r"tuning\.frozen_chains: True"),
+        ({"tuning": {"lora_rank": 0}}, r"tuning\.lora_rank: 0 .*a positive integer, or null"),
+        ({"tuning": {"rank": 4}}, r"tuning: .*of the keys \['base', 'frozen_chains', 'lora_rank'"),
+        ({"lower_levels": 1}, "lower_levels: 1 .*allowed: 0 to 0"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(
+    expanded: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        recipe_for(expanded, **changes)
+
+
+def test_another_model_s_recipe_is_refused(expanded: Path, tmp_path: Path) -> None:
+    config = replace(recipe_for(expanded), model=replace(ONE_CHAIN, chains=(2, 2)))
+    with pytest.raises(InvalidConfig, match=r"model: .*allowed: what .*expanded/config\.json has"):
+        train(config, tmp_path, data=DATA, device="cpu")
