@@ -35,6 +35,7 @@ PURE = (
     "errors.py",
     "grammar.py",
     "engine/speculation.py",
+    "latency/bounded_minimum.py",
     "latency/prefill_fit.py",
     "latency/rls.py",
     "latency/step_fit.py",

@@ -1,8 +1,15 @@
-"""Recursive least squares with forgetting: coefficients that follow what is measured. Pure.
+"""Recursive least squares with forgetting, and with a prior that is not forgotten. Pure.
 
-See Haykin, Adaptive Filter Theory, chapter 10. Three things keep it safe to run for ever: no
-coefficient leaves its bounds, none becomes less certain than it was at first (forgetting inflates
-the covariance of what is not observed), and one measurement far off counts for little.
+After n measurements y_k of loads x_k the coefficients c are those, none negative, that minimise
+
+    sum over k of forgetting^(n - k) · weight_k · (y_k - c · x_k)²
+    + sum over i of ((c_i - first_i) / spread_i)²
+
+They are kept as normal equations (the information form; Haykin, Adaptive Filter Theory, chapter
+10). Where loads do not tell two coefficients apart, the first values decide how they share what
+was measured, so that neither drifts; once loads that told them apart are forgotten, they return
+there. The weights are relative to what is predicted, so that long and short work count alike, and
+Huber's (Robust Statistics, 1981, section 7.8), so that a pause counts for little.
 """
 
 from __future__ import annotations
@@ -10,12 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-#: Relative standard deviation taken for measurements.
-_NOISE = 0.1
-#: A measurement is believed to be off by so much of what was predicted at most.
-_MAX_ERROR = 0.5
-#: How many times its first spread a coefficient may end up above its first value.
-_MAX_SPREADS = 20.0
+from colm_serve.latency.bounded_minimum import bounded_minimum
+
+#: Relative standard deviation taken for measurements, on cores that other processes use too.
+_NOISE = 0.3
+#: Relative error from which measurements weigh less; one alone moves no coefficient by more than
+#: _MAX_ERROR / _NOISE² spreads.
+_MAX_ERROR = 0.6
+#: Measurements after which the coefficients are worked out again: they tell what is far off.
+_MAX_PENDING = 16
 
 
 class RecursiveLeastSquares:
@@ -30,57 +40,61 @@ class RecursiveLeastSquares:
     def __init__(
         self, first: Sequence[float], spread: Sequence[float], memory: float = 200.0
     ) -> None:
-        self.coefficients = list(first)
-        self._spread = list(spread)
-        self._most = [c + _MAX_SPREADS * s for c, s in zip(first, spread, strict=True)]
+        self._first, self._spread = tuple(first), tuple(spread)
+        self._lowest = [-c / s if s > 0 else 0.0 for c, s in zip(first, spread, strict=True)]
         self._forgetting = 1.0 - 1.0 / memory
-        self._covariance = _identity(len(first))  # in units of the spreads
+        # What the measurements say of each coefficient's deviation from its first, in spreads.
+        self._information = [[0.0] * len(self._first) for _ in self._first]
+        self._evidence = [0.0] * len(self._first)
+        self._coefficients = list(first)
+        self._num_pending = 0
+
+    @property
+    def coefficients(self) -> list[float]:
+        if self._num_pending:
+            self._solve()
+        return self._coefficients
 
     def predict(self, x: Sequence[float]) -> float:
         return _dot(self.coefficients, x)
 
     def observe(self, x: Sequence[float], measured: float) -> None:
-        """Learn from one measurement; what is not finite, or not positive, is ignored."""
-        if not (0 < measured < math.inf and all(map(math.isfinite, x))):
+        """Learn from one measurement; what is not finite, or negative, is ignored."""
+        if not (0 < measured < math.inf and all(0 <= value < math.inf for value in x)):
             return
-        # Relative to the prediction, so that long and short work weigh the same.
-        predicted = self.predict(x)
-        scale = predicted if predicted > 0 else measured
+        predicted = _dot(self._coefficients, x)
+        # A load of which little is known must not outweigh what is known.
+        scale = max(predicted, _dot(self._spread, x))
+        if not 0 < scale < math.inf:
+            return
         error = (measured - predicted) / scale
-        scaled = [value * spread / scale for value, spread in zip(x, self._spread, strict=True)]
-        p_x = [_dot(row, scaled) for row in self._covariance]
-        variance = _dot(scaled, p_x) + self._forgetting * _NOISE**2
-        if not 0 < variance < math.inf:
-            self._covariance = _identity(len(p_x))
+        deviation = (measured - _dot(self._first, x)) / scale
+        if not (math.isfinite(error) and math.isfinite(deviation)):
             return
-        step = max(-_MAX_ERROR, min(error, _MAX_ERROR)) / variance
-        for i, (gain, spread) in enumerate(zip(p_x, self._spread, strict=True)):
-            moved = self.coefficients[i] + gain * step * spread
-            self.coefficients[i] = min(max(0.0, moved), self._most[i])
-        # One that is far off is no reason to be more certain.
-        self._update_covariance(p_x, variance if abs(error) <= _MAX_ERROR else math.inf)
+        weight = _MAX_ERROR / max(_MAX_ERROR, abs(error)) / _NOISE**2
+        self._add([v * s / scale for v, s in zip(x, self._spread, strict=True)], deviation, weight)
+        if self._num_pending >= _MAX_PENDING:
+            self._solve()
 
-    def _update_covariance(self, p_x: Sequence[float], variance: float) -> None:
-        inflation = 1.0 / self._forgetting
-        rows = [
-            [
-                (value - left * right / variance) * inflation
-                for value, right in zip(row, p_x, strict=True)
-            ]
-            for row, left in zip(self._covariance, p_x, strict=True)
-        ]
-        # Rows and columns are scaled alike, which keeps the matrix positive definite.
-        for i, row in enumerate(rows):
-            if row[i] > 1.0:
-                shrink = 1.0 / math.sqrt(row[i])
-                rows[i] = [value * shrink for value in row]
-                for other in rows:
-                    other[i] *= shrink
-        self._covariance = rows
+    def _add(self, scaled: Sequence[float], deviation: float, weight: float) -> None:
+        """Note that the sum of `scaled`, in spreads of each coefficient, is `deviation`."""
+        keep = self._forgetting
+        for i, value in enumerate(scaled):
+            gain = weight * value
+            self._evidence[i] = keep * self._evidence[i] + gain * deviation
+            row = zip(self._information[i], scaled, strict=True)
+            self._information[i] = [keep * old + gain * other for old, other in row]
+        self._num_pending += 1
 
-
-def _identity(size: int) -> list[list[float]]:
-    return [[float(i == j) for j in range(size)] for i in range(size)]
+    def _solve(self) -> None:
+        """The prior bounds the condition number: it is at most 1 + memory / _NOISE²."""
+        matrix = [row.copy() for row in self._information]
+        for i, row in enumerate(matrix):
+            row[i] += 1.0
+        deviations = bounded_minimum(matrix, self._evidence, self._lowest)
+        values = zip(self._first, self._spread, deviations, strict=True)
+        self._coefficients = [max(0.0, first + s * deviation) for first, s, deviation in values]
+        self._num_pending = 0
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:

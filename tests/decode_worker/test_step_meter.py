@@ -28,25 +28,31 @@ def test_a_meter_keeps_the_first_steps_until_it_is_asked() -> None:
 
 
 async def test_a_status_follows_what_a_worker_does(folder: Path) -> None:
-    """Blocks that sleep make steps and passes slower than they were measured at the start."""
+    """Blocks that sleep make steps and passes slower than they were measured at the start.
 
-    def pause() -> None:
-        time.sleep(0.002)
+    Each sleeps for as long as all of them took then, which may be long on a busy machine.
+    """
+    step_pause_s = pass_pause_s = 0.0
 
     with (
-        prefill_service(folder, before_block=pause) as (prefill, prefill_worker),
-        decode_service(folder, before_block=pause) as (service, worker),
+        prefill_service(folder, before_block=lambda: time.sleep(pass_pause_s)) as (
+            prefill,
+            prefill_worker,
+        ),
+        decode_service(folder, before_block=lambda: time.sleep(step_pause_s)) as (service, worker),
     ):
-        first, first_pass = worker.status(), prefill_worker.status()
+        first_step_s = worker.status().step_cost.step_s((1, 1, 1))
+        first_passes_s = prefill_worker.status().cost.seconds(0, 200)
+        step_pause_s, pass_pause_s = max(0.002, first_step_s), max(0.002, first_passes_s)
         async with decode_client(service.address, worker.kv_identity) as client:
             for seed in range(3):
                 prompt = make_prompt(200, seed=seed)
                 await client.generate(prompt, 3, GREEDY, (prefill.address,))
                 status = await client.status()
             now_pass = prefill_worker.status()
-    assert status.step_cost.step_s((1, 1, 1)) > first.step_cost.step_s((1, 1, 1)) + 0.001
+    assert status.step_cost.step_s((1, 1, 1)) > first_step_s + step_pause_s / 2
     assert status.transfer_cost.call_s > 0
-    assert now_pass.cost.seconds(0, 200) > first_pass.cost.seconds(0, 200) + 0.001
+    assert now_pass.cost.seconds(0, 200) > first_passes_s + pass_pause_s / 2
     assert now_pass.queued_s == 0
 
 

@@ -29,10 +29,13 @@ def seconds(true: tuple[float, ...], x: tuple[float, ...]) -> float:
 
 
 def test_it_converges_on_exact_measurements() -> None:
+    """As nearly as what was believed at first allows, which is never forgotten."""
     model = fit()
-    for x in loads(1, 200):
+    for x in loads(1, 1000):
         model.observe(x, seconds(TRUE, x))
-    assert model.coefficients == pytest.approx(TRUE, rel=0.01)
+    assert model.coefficients == pytest.approx(TRUE, rel=0.05)
+    for x in loads(2, 50):
+        assert model.predict(x) == pytest.approx(seconds(TRUE, x), rel=0.03)
 
 
 def test_it_converges_through_noise_and_outliers() -> None:
@@ -45,6 +48,7 @@ def test_it_converges_through_noise_and_outliers() -> None:
 
 
 def test_it_forgets() -> None:
+    """Even measurements that agreed better with what was believed at first."""
     model = fit()
     for x in loads(4, 500):
         model.observe(x, seconds(TRUE, x))
@@ -52,19 +56,20 @@ def test_it_forgets() -> None:
     for x in loads(5, 1000):
         model.observe(x, seconds(slower, x))
     for x in loads(6, 50):
-        assert model.predict(x) == pytest.approx(seconds(slower, x), rel=0.05)
+        assert model.predict(x) == pytest.approx(seconds(slower, x), rel=0.15)
 
 
 def test_what_was_not_observed_for_long_is_not_lost_to_one_outlier() -> None:
-    """It becomes uncertain again, but no more so than it was at first."""
+    """What is known of it is what was believed at first, and one measurement weighs but so much."""
     model = fit()
     for x in loads(7, 500):
         model.observe(x, seconds(TRUE, x))
     for _ in range(20_000):
         model.observe((1.0, 0.0, 0.0), TRUE[0])
     busy = (1.0, 31.0, 4000.0)
+    assert model.predict(busy) == pytest.approx(seconds(TRUE, busy), rel=0.5)
     model.observe(busy, 100.0)
-    assert model.predict(busy) == pytest.approx(seconds(TRUE, busy), rel=0.6)
+    assert model.predict(busy) < 2.5 * seconds(TRUE, busy)
     for x in loads(8, 200):
         model.observe(x, seconds(TRUE, x))
     assert model.predict(busy) == pytest.approx(seconds(TRUE, busy), rel=0.05)
@@ -72,9 +77,39 @@ def test_what_was_not_observed_for_long_is_not_lost_to_one_outlier() -> None:
 
 def test_a_coefficient_without_spread_stays() -> None:
     model = RecursiveLeastSquares((1.0, 2.0), (1.0, 0.0))
-    for _ in range(50):
+    for _ in range(200):
         model.observe((1.0, 1.0), 5.0)
-    assert model.coefficients == pytest.approx([3.0, 2.0], rel=0.01)
+    assert model.coefficients == pytest.approx([3.0, 2.0], rel=0.05)
+    assert model.coefficients[1] == 2.0
+
+
+def test_what_loads_do_not_tell_apart_is_shared_and_stays_so() -> None:
+    """However long, and through any noise: nothing drifts where nothing is learnt."""
+    model, draw = RecursiveLeastSquares((0.001, 0.001), (0.001, 0.003)), random.Random(11)
+    for _ in range(20_000):
+        model.observe((1.0, 1.0), 0.007 * draw.lognormvariate(0.0, 0.3))
+    total_s = sum(model.coefficients)
+    assert total_s == pytest.approx(0.007, rel=0.1)
+    # By variance, as far as the one goes above its first value and the other too.
+    assert model.coefficients[0] == pytest.approx(0.001 + (total_s - 0.002) / 10, rel=0.02)
+
+
+def test_what_once_told_coefficients_apart_is_forgotten() -> None:
+    model = RecursiveLeastSquares((0.001, 0.001), (0.001, 0.001))
+    for i in range(1000):
+        model.observe((1.0, float(i % 2)), 0.003 + 0.002 * (i % 2))
+    assert model.coefficients == pytest.approx([0.003, 0.002], rel=0.05)
+    for _ in range(5000):
+        model.observe((1.0, 1.0), 0.005)
+    assert model.coefficients == pytest.approx([0.0025, 0.0025], rel=0.02)
+
+
+def test_what_would_be_negative_is_zero_and_the_others_fit_all_the_same() -> None:
+    """Clipping the one alone would leave the others wrong."""
+    model = RecursiveLeastSquares((0.002, 0.0001), (0.002, 0.0002))
+    for i in range(2000):
+        model.observe((1.0, float(i % 8)), 0.004 - 0.0001 * (i % 8))
+    assert model.coefficients == pytest.approx([0.00365, 0.0], rel=0.01)
 
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
@@ -88,10 +123,8 @@ def test_garbage_leaves_it_bounded_and_able_to_learn(
     model = fit()
     for *values, measured in garbage:
         model.observe(values, measured)
-        for coefficient, first in zip(model.coefficients, FIRST, strict=True):
-            assert math.isfinite(coefficient)
-            assert 0 <= coefficient <= 21 * first * 1.001
-    for x in loads(9, 400):
+        assert all(0 <= c < math.inf for c in model.coefficients)
+    for x in loads(9, 1000):
         model.observe(x, seconds(TRUE, x))
     for x in loads(10, 20):
         assert model.predict(x) == pytest.approx(seconds(TRUE, x), rel=0.1)
