@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -104,11 +105,11 @@ class Bundled:
         self._table = self._pool.table(range(context // PAGE_SIZE))
         recipe = TrainConfig.load(MODEL / "train.yaml")
         corpus = read_corpus(None, recipe.heldout_fraction, recipe.exclude)
-        tokenizer = load_tokenizer(MODEL)
-        heldout = encode_documents(tokenizer, corpus, corpus.heldout).astype(int)
+        encode = partial(encode_documents, load_tokenizer(MODEL), recipe.model, corpus)
+        heldout = encode(corpus.heldout).astype(int)
         starts = np.linspace(0, len(heldout) - context - 1, num_windows).astype(int)
         self._windows = [heldout[start : start + context + 1].tolist() for start in starts]
-        train = encode_documents(tokenizer, corpus, corpus.train[:40]).astype(int)
+        train = encode(corpus.train[:40]).astype(int)
         self.train_tokens: list[int] = train[:context].tolist()
 
     def losses(self, sparsity: Sparsity | None) -> list[list[float]]:

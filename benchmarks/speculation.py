@@ -153,7 +153,7 @@ def prompts(number: int) -> list[list[int]]:
     """The beginnings of held-out windows."""
     config = TrainConfig.load(MODEL / "train.yaml")
     corpus = read_corpus(None, config.heldout_fraction, config.exclude)
-    tokens = encode_documents(load_tokenizer(MODEL), corpus, corpus.heldout)
+    tokens = encode_documents(load_tokenizer(MODEL), config.model, corpus, corpus.heldout)
     starts = range(0, len(tokens) - NUM_PROMPT, (len(tokens) - NUM_PROMPT) // number)
     return [tokens[start : start + NUM_PROMPT].astype(int).tolist() for start in starts][:number]
 

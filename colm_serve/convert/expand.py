@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
+from colm_serve.convert.new_model import new_model_folder
 from colm_serve.errors import InvalidArgument
-from colm_serve.files import new_folder
 from colm_serve.model.checkpoint import (
     carried_files,
     chain_digest,
@@ -56,10 +56,7 @@ def expand(
     """
     base = check_folder(model)
     config = expanded_config(base, add_chains, kv_sharing)
-    if out.exists():
-        raise InvalidArgument("out", str(out), "a folder that is not there yet")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(out) as staging:
+    with new_model_folder(out) as staging:
         chains = [chain_path(model, chain) for chain in range(1, base.num_chains + 1)]
         for path in (*chains, *carried_files(model)):
             shutil.copyfile(path, staging / path.name)

@@ -66,7 +66,7 @@ def _tokenize(config: TrainConfig, run_folder: Path, corpus: Corpus) -> None:
     summary: dict[str, object] = {"corpus": corpus.name, "fingerprint": corpus.fingerprint}
     width = np.uint16 if config.model.vocab_size <= 2**16 else np.uint32
     for split, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
-        tokens = encode_documents(tokenizer, corpus, documents).astype(width)
+        tokens = encode_documents(tokenizer, config.model, corpus, documents).astype(width)
         np.save(run_folder / f"{split}.npy", tokens, allow_pickle=False)
         summary[split] = {
             "num_files": len(documents),

@@ -84,7 +84,7 @@ def evaluate_folder(model_folder: Path, config: TrainConfig, data: Path | None =
     model = load_model(model_folder).model
     tokenizer = load_tokenizer(model_folder)
     corpus = read_corpus(data, config.heldout_fraction, config.exclude)
-    tokens = encode_documents(tokenizer, corpus, corpus.heldout)
+    tokens = encode_documents(tokenizer, model.config, corpus, corpus.heldout)
     losses = evaluate(model, tokens, token_bytes(tokenizer), seq_len=config.seq_len)
     return Report(
         corpus=corpus.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.vocabulary import text_vocabulary
 from colm_serve.training.corpus import Corpus, Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -68,28 +71,36 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def encode_documents(
-    tokenizer: Tokenizer, corpus: Corpus, documents: Iterable[Document]
+    tokenizer: Tokenizer, config: ColmConfig, corpus: Corpus, documents: Iterable[Document]
 ) -> npt.NDArray[np.uint32]:
-    """One stream of token ids: for each document the roles' header, the text, end of text.
+    """One stream of token ids: for each document a header, the text, end of text.
 
-    The header `<|system|>corpus<|user|>path<|assistant|>` gives the role tokens a meaning.
+    With a tokenizer of ours the header `<|system|>corpus<|user|>path<|assistant|>` gives the role
+    tokens a meaning. With another one, an imported model's, it is the config's bos token, and the
+    end is its first eos token, where it has them.
     """
-    special = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     documents = list(documents)
-    texts = tokenizer.encode_batch_fast([d.text for d in documents])
-    paths = tokenizer.encode_batch_fast([d.path for d in documents])
-    name = tokenizer.encode(corpus.name).ids
+    encode = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if vocabulary.keys() >= set(SPECIAL_TOKENS):
+        special = {token: vocabulary[token] for token in SPECIAL_TOKENS}
+        name = encode([corpus.name])[0].ids
+        end = [special[END_OF_TEXT]]
+        headers = [
+            [special[SYSTEM], *name, special[USER], *path.ids, special[ASSISTANT]]
+            for path in encode([d.path for d in documents])
+        ]
+    else:
+        bos = [] if config.bos_token_id is None else [config.bos_token_id]
+        end = list(config.eos_token_ids[:1])
+        headers = [bos] * len(documents)
     ids: list[npt.NDArray[np.uint32]] = []
-    for path, text in zip(paths, texts, strict=True):
-        header = [special[SYSTEM], *name, special[USER], *path.ids, special[ASSISTANT]]
-        ids += [np.array(part, np.uint32) for part in (header, text.ids, [special[END_OF_TEXT]])]
+    for header, text in zip(headers, encode([d.text for d in documents]), strict=True):
+        ids += [np.array(part, np.uint32) for part in (header, text.ids, end)]
     return np.concatenate(ids)
 
 
 def token_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     """How many bytes of text each token id stands for; special tokens stand for none."""
-    sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
-    for token, token_id in tokenizer.get_vocab().items():
-        # Byte-level BPE writes each byte as one character.
-        sizes[token_id] = 0 if token in SPECIAL_TOKENS else len(token)
-    return sizes
+    texts = text_vocabulary(tokenizer, tokenizer.get_vocab_size())
+    return np.array([len(text) for text in texts], np.int64)
