@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ class JsonObject:
             value = float(value)
         if type(value) is not kind:
             raise self.unsupported(key, f"a value of type {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.unsupported(key, "a finite number")
         return value
 
     def get_any(self, key: str, default: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""The bundled model behind a router, for OpenAI clients, without Ray."""
+"""A model folder behind a router, for OpenAI clients, without Ray."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BUNDLED = Path(__file__).parents[2] / "models" / "stdlib-air"
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[openai.AsyncOpenAI]:
-    """A router and one decode worker, both real, in this process."""
-    config = ClusterConfig(model=BUNDLED, sla_classes={"default": SlaClass()})
-    with decode_service(BUNDLED, local_prefill_tokens=4096) as (worker_service, worker):
+async def served(model: Path = BUNDLED) -> AsyncIterator[openai.AsyncOpenAI]:
+    """A router and one decode worker, both real, in this process; default: the bundled model."""
+    config = ClusterConfig(model=model, sla_classes={"default": SlaClass()})
+    with decode_service(model, local_prefill_tokens=4096) as (worker_service, worker):
         router = RouterService(config)
         await router.start()
         try:
