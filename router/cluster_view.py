@@ -13,10 +13,8 @@ from itertools import count
 
 from colm_serve.core import Member, Membership
 from colm_serve.router.placing.facts import Placement
-from colm_serve.router.placing.latency_model import queue_s
 from colm_serve.router.placing.placement import WorkerGroup
 from colm_serve.router.placing.prefix_index import block_hashes
-from colm_serve.router.placing.room import num_free_pages
 from colm_serve.router.placing.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
 from colm_serve.router.placing.worker_record import WorkerRecord, WorkerStatus
 
@@ -129,11 +127,10 @@ class ClusterView:
         cache_salt: str = "",
     ) -> None:
         """Count a request against its workers from now, before their statuses can."""
-        for member in (placement.decode, *placement.prefill[:1]):
-            if (record := self._records.get(member)) is not None:
-                record.place(request_id, work)
-                self._rank(record)
-                self.cached(member, prompt, cache_salt)
+        for record in self._records_of(placement):
+            record.place(request_id, work)
+            self._rank(record)
+            self._cached(record, prompt, cache_salt)
 
     def status_of(self, member: Member) -> WorkerStatus | None:
         """What the worker last said of itself."""
@@ -148,31 +145,27 @@ class ClusterView:
 
     def admitted(self, request_id: str, placement: Placement) -> None:
         """The workers know of the request."""
-        for member in (placement.decode, *placement.prefill[:1]):
-            if (record := self._records.get(member)) is not None:
-                record.admitted(request_id)
+        for record in self._records_of(placement):
+            record.admitted(request_id)
 
     def prefilled(self, request_id: str, placement: Placement) -> None:
         """The request has its first token, so that its prefill worker is done with it."""
         for member in placement.prefill[:1]:
-            if (record := self._records.get(member)) is not None:
-                record.release(request_id)
+            record = self._records.get(member)
+            if record is not None and record.release(request_id):
                 self._rank(record)
 
     def release(self, request_id: str, placement: Placement) -> None:
         """The request is over at its workers."""
-        for member in (placement.decode, *placement.prefill[:1]):
-            if (record := self._records.get(member)) is not None:
-                record.release(request_id)
+        for record in self._records_of(placement):
+            if record.release(request_id):
                 self._rank(record)
         self.announce()
 
     def cached(self, member: Member, tokens: Sequence[int], cache_salt: str) -> None:
         """A worker has the keys and values of a sequence, or is about to have them."""
         if (record := self._records.get(member)) is not None:
-            hashes = self._hashes(tokens, cache_salt)
-            self._decode.cached(record.number, hashes)
-            self._prefill.cached(record.number, hashes)
+            self._cached(record, tokens, cache_salt)
 
     def snapshot(self) -> ClusterSnapshot:
         """All the workers that can be chosen, as they are now."""
@@ -207,6 +200,16 @@ class ClusterView:
             prefill=self._prefill.candidates(hashes, self._draw),
         )
 
+    def _records_of(self, placement: Placement) -> list[WorkerRecord]:
+        """Of the decode worker and the first prefill worker, those that are still members."""
+        found = map(self._records.get, (placement.decode, *placement.prefill[:1]))
+        return [record for record in found if record is not None]
+
+    def _cached(self, record: WorkerRecord, tokens: Sequence[int], cache_salt: str) -> None:
+        hashes = self._hashes(tokens, cache_salt)
+        self._decode.cached(record.number, hashes)
+        self._prefill.cached(record.number, hashes)
+
     def _rank(self, record: WorkerRecord) -> None:
         """Take note of a worker after anything about it has changed."""
         state = None if record.member.is_standby else record.state()
@@ -216,11 +219,10 @@ class ClusterView:
         elif isinstance(state, DecodeState):
             status = state.status
             num_rows = sum(status.num_running) + status.num_waiting + len(state.outstanding)
-            load, num_free_now = num_rows / status.max_rows, num_free_pages(state)
-            self._decode.set(record.number, state, load=load, num_free_pages=num_free_now)
+            load = num_rows / status.max_rows
+            self._decode.set(record.number, state, load, state.num_free_pages)
         else:
-            load, num_free_now = queue_s(state), state.status.num_free_pages
-            self._prefill.set(record.number, state, load=load, num_free_pages=num_free_now)
+            self._prefill.set(record.number, state, state.queue_s, state.status.num_free_pages)
 
     def _hashes(self, tokens: Sequence[int], cache_salt: str) -> tuple[int, ...]:
         """Made once for a prompt that is looked up and then placed."""

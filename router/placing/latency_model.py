@@ -50,17 +50,10 @@ def prefilled_s(state: PrefillState, num_tokens: int) -> float:
     itself at most, once all have their pages.
     """
     own_s = state.status.cost.seconds(state.num_matched_tokens, num_tokens)
-    waiting_s = queue_s(state)
+    waiting_s = state.queue_s
     if not state.status.num_waiting and not state.num_outstanding_tokens:
         waiting_s = min(waiting_s, state.status.num_running * own_s)
     return waiting_s + own_s
-
-
-def queue_s(state: PrefillState) -> float:
-    """Seconds of work at a prefill worker; what is not in its status is taken for short prompts."""
-    cost = state.status.cost
-    each_s = cost.token_s + cost.pass_s / max(1, cost.chunk_tokens)
-    return state.status.queued_s + each_s * state.num_outstanding_tokens
 
 
 def idle_prediction(

@@ -37,9 +37,11 @@ class Ranking:
 
     def set(self, worker: int, value: float) -> None:
         """Enter a worker, or move it."""
-        if self._values.get(worker) == value:
+        known = self._values.get(worker)
+        if known == value:
             return
-        self.drop(worker)
+        if known is not None:
+            del self._order[bisect_left(self._order, (known, worker))]
         self._values[worker] = value
         insort(self._order, (value, worker))
 
@@ -74,7 +76,7 @@ class WorkerGroup(Generic[State]):
         """Workers that can be chosen."""
         return len(self._states)
 
-    def set(self, worker: int, state: State, *, load: float, num_free_pages: int) -> None:
+    def set(self, worker: int, state: State, load: float, num_free_pages: int) -> None:
         """A worker that can be chosen, as it is now; the least `load` is chosen first."""
         if worker not in self._states:
             self._index.join(worker, state.status.num_pages)
@@ -112,13 +114,13 @@ class WorkerGroup(Generic[State]):
             drawn: list[int] = [self._load.at(draw(len(self))) for _ in range(NUM_RANDOM)]
             chosen = [*reachable[:NUM_MATCHES], *self._load.least(NUM_LEAST_LOADED), *drawn]
         # A dict keeps the order, and each worker once.
-        return tuple(self._state(worker, matches) for worker in dict.fromkeys(chosen))
+        return tuple([self._state(worker, matches) for worker in dict.fromkeys(chosen)])
 
     def roomiest(self, hashes: Sequence[int]) -> tuple[State, ...]:
         """Those with the most free pages, and the one with the most pages in all."""
         matches = self._index.matches(hashes, MAX_ALL)
         chosen = [*self._fullness.least(NUM_ROOMIEST), *self._smallness.least(1)]
-        return tuple(self._state(worker, matches) for worker in dict.fromkeys(chosen))
+        return tuple([self._state(worker, matches) for worker in dict.fromkeys(chosen)])
 
     def _state(self, worker: int, matches: dict[int, int]) -> State:
         state = self._states[worker]

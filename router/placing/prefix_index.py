@@ -23,7 +23,7 @@ def block_hashes(tokens: Sequence[int], block_tokens: int, salt: str) -> tuple[i
     hashes = []
     parent = hash(salt)
     for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        parent = hash((parent, *tokens[start : start + block_tokens]))
+        parent = hash((parent, tuple(tokens[start : start + block_tokens])))
         hashes.append(parent)
     return tuple(hashes)
 
@@ -65,41 +65,45 @@ class PrefixIndex:
         if state is None:
             return
         # The last block first, so that the first is forgotten last: a chain is found from there.
+        blocks = self._blocks
         for block in reversed(hashes):
-            holders = self._blocks.setdefault(block, {})
-            self._blocks.move_to_end(block)
+            if (holders := blocks.get(block)) is None:
+                holders = blocks[block] = {}
+            else:
+                blocks.move_to_end(block)
             if holders.pop(worker, None) is None:
                 state.num_added += 1
             holders[worker] = state.num_added
             if len(holders) > MAX_HOLDERS:
                 del holders[next(iter(holders))]
-        while len(self._blocks) > self._max_blocks:
-            self._blocks.popitem(last=False)
+        while len(blocks) > self._max_blocks:
+            blocks.popitem(last=False)
 
     def matches(self, hashes: Sequence[int], limit: int) -> dict[int, int]:
         """Up to `limit` workers that have the longest prefixes, longest first, in blocks."""
         found: dict[int, int] = {}
-        known = list(self._known(hashes))
+        known = self._known(hashes)
         for depth in range(len(known), 0, -1):
             holders = known[depth - 1]
-            if holders.keys() <= found.keys():
-                continue
-            for worker, used_at in reversed(tuple(holders.items())):
-                if worker not in found and self._holds(worker, used_at, holders):
+            for worker in [worker for worker in reversed(holders) if worker not in found]:
+                if self._holds(worker, holders):
                     found[worker] = depth
                     if len(found) == limit:
                         return found
         return found
 
-    def _known(self, hashes: Iterable[int]) -> Iterable[dict[int, int]]:
+    def _known(self, hashes: Iterable[int]) -> list[dict[int, int]]:
+        """The holders of each block, up to the first that nobody has."""
+        known = []
         for block in hashes:
             if (holders := self._blocks.get(block)) is None:
-                return
-            yield holders
+                break
+            known.append(holders)
+        return known
 
-    def _holds(self, worker: int, used_at: int, holders: dict[int, int]) -> bool:
+    def _holds(self, worker: int, holders: dict[int, int]) -> bool:
         state = self._workers.get(worker)
-        if state is not None and state.num_added - used_at < state.num_pages:
+        if state is not None and state.num_added - holders[worker] < state.num_pages:
             return True
         del holders[worker]
         return False

@@ -13,7 +13,8 @@ def with_room(request: RequestFacts, cluster: ClusterSnapshot) -> list[DecodeSta
     """The decode workers that can hold the request now; raises as `Policy` says if none can."""
     if not cluster.decode:
         raise Unavailable("no decode worker is reachable")
-    large = [s for s in cluster.decode if num_pages(request.num_tokens, s) <= s.status.num_pages]
+    num_tokens = request.num_tokens
+    large = [s for s in cluster.decode if s.pages_for(num_tokens) <= s.status.num_pages]
     if not large:
         limit = max(s.status.num_pages * s.status.page_size for s in cluster.decode)
         raise InvalidArgument(
@@ -26,23 +27,12 @@ def with_room(request: RequestFacts, cluster: ClusterSnapshot) -> list[DecodeSta
         state
         for state in large
         if state.member not in request.refused_by
-        and num_pages(request.num_reserved_tokens(state), state) <= num_free_pages(state)
+        and state.pages_for(request.num_reserved_tokens(state)) <= state.num_free_pages
     ]
     if not roomy:
         raise ResourceExhausted(
-            f"no room for {request.num_tokens} tokens on any of {len(large)} decode "
-            f"workers; the most free is {max(map(num_free_pages, large))} pages",
+            f"no room for {num_tokens} tokens on any of {len(large)} decode "
+            f"workers; the most free is {max(s.num_free_pages for s in large)} pages",
             RETRY_AFTER_S,
         )
     return [s for s in roomy if s.member not in request.failed_at] or roomy
-
-
-def num_pages(num_tokens: int, state: DecodeState) -> int:
-    return -(-num_tokens // state.status.page_size)
-
-
-def num_free_pages(state: DecodeState) -> int:
-    """Free pages once the work on its way has its own."""
-    expected = state.status.expected_output_tokens
-    taken = sum(num_pages(w.num_reserved_tokens(expected), state) for w in state.outstanding)
-    return max(0, state.status.num_free_pages - taken)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 from colm_serve.core import DecodeStatus, Member, PrefillStatus
 from colm_serve.router.placing.load import Load, TokenTimes, Work
 
 __all__ = ["ClusterSnapshot", "DecodeState", "PrefillState", "Work"]
+
+
+State = TypeVar("State", "DecodeState", "PrefillState")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,16 @@ class DecodeState:
     placed: tuple[Work, ...] = ()
     tpot_s: float | None = None
     num_matched_tokens: int = 0
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.status.page_size)
+
+    @cached_property
+    def num_free_pages(self) -> int:
+        """Free pages once the work on its way has its own."""
+        expected = self.status.expected_output_tokens
+        taken = [self.pages_for(work.num_reserved_tokens(expected)) for work in self.outstanding]
+        return max(0, self.status.num_free_pages - sum(taken))
 
     @cached_property
     def load(self) -> Load:
@@ -50,10 +64,9 @@ class DecodeState:
 
     def for_prompt(self, num_matched_tokens: int) -> DecodeState:
         """The same for a prompt of which so many tokens are believed to be cached there."""
-        state = replace(self, num_matched_tokens=num_matched_tokens)
         # These do not depend on the prompt, and are worked out once for many.
-        state.__dict__.update(load=self.load, times=self.times)
-        return state
+        worked_out = {"load": self.load, "times": self.times, "num_free_pages": self.num_free_pages}
+        return _copy(self, **worked_out, num_matched_tokens=num_matched_tokens)
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,15 @@ class PrefillState:
 
     def for_prompt(self, num_matched_tokens: int) -> PrefillState:
         """The same for a prompt of which so many tokens are believed to be cached there."""
-        return replace(self, num_matched_tokens=num_matched_tokens)
+        queue_s = self.queue_s
+        return _copy(self, queue_s=queue_s, num_matched_tokens=num_matched_tokens)
+
+    @cached_property
+    def queue_s(self) -> float:
+        """Seconds of work there; what is not in its status is taken for short prompts."""
+        cost = self.status.cost
+        each_s = cost.token_s + cost.pass_s / max(1, cost.chunk_tokens)
+        return self.status.queued_s + each_s * self.num_outstanding_tokens
 
 
 @dataclass(frozen=True)
@@ -79,3 +100,10 @@ class ClusterSnapshot:
 
     decode: tuple[DecodeState, ...] = ()
     prefill: tuple[PrefillState, ...] = ()
+
+
+def _copy(state: State, **changes: Any) -> State:
+    """As `dataclasses.replace`, in a fraction of its time: a decision makes ten of them."""
+    copy = object.__new__(type(state))
+    copy.__dict__.update(state.__dict__, **changes)
+    return copy

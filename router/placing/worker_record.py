@@ -11,17 +11,12 @@ from colm_serve.router.placing.snapshot import DecodeState, PrefillState, Work
 WorkerStatus = DecodeStatus | PrefillStatus
 
 
-@dataclass
-class _Placed:
-    work: Work
-    is_counted: bool = False  # the worker has admitted it, so its next status has it
-
-
-@dataclass
+@dataclass(slots=True)
 class WorkerRecord:
     """One member, and what this router has running there by request id.
 
-    `number` is new for every process. `outstanding` requests are not in the status yet; `released`
+    `number` is new for every process. `outstanding` requests are not in the status yet, but will be
+    in the next one where the worker has admitted them, which is what it tells of each; `released`
     work has ended since, and still is.
     """
 
@@ -30,39 +25,43 @@ class WorkerRecord:
     status: WorkerStatus | None = None
     is_reachable: bool = False
     is_draining: bool = False
-    placed: dict[str, _Placed] = field(default_factory=dict)
-    outstanding: set[str] = field(default_factory=set)
+    placed: dict[str, Work] = field(default_factory=dict)
+    outstanding: dict[str, bool] = field(default_factory=dict)
     released: list[Work] = field(default_factory=list)
 
     def set_status(self, status: WorkerStatus, counted: frozenset[str]) -> None:
         """The worker answered; its status has the requests in `counted`."""
         self.status = status
         self.is_reachable = True
-        self.outstanding -= counted
+        for request_id in counted:
+            self.outstanding.pop(request_id, None)
         self.released.clear()
 
     def place(self, request_id: str, work: Work) -> None:
-        self.placed[request_id] = _Placed(work)
-        self.outstanding.add(request_id)
+        self.placed[request_id] = work
+        self.outstanding[request_id] = False
 
     def move(self, request_id: str, level: int, *, is_pinned: bool) -> None:
-        if (placed := self.placed.get(request_id)) is not None:
-            min_level = level if is_pinned else placed.work.min_level
-            placed.work = replace(placed.work, level=level, min_level=min_level)
+        if (work := self.placed.get(request_id)) is not None:
+            min_level = level if is_pinned else work.min_level
+            self.placed[request_id] = replace(work, level=level, min_level=min_level)
 
     def admitted(self, request_id: str) -> None:
-        if request_id in self.placed:
-            self.placed[request_id].is_counted = True
+        if request_id in self.outstanding:
+            self.outstanding[request_id] = True
 
     def counted(self) -> frozenset[str]:
         """The requests that a status asked for from now on will have counted."""
-        return frozenset(i for i in self.outstanding if self.placed[i].is_counted)
+        return frozenset(i for i, is_admitted in self.outstanding.items() if is_admitted)
 
-    def release(self, request_id: str) -> None:
-        placed = self.placed.pop(request_id, None)
-        if placed is not None and request_id not in self.outstanding:
-            self.released.append(placed.work)
-        self.outstanding.discard(request_id)
+    def release(self, request_id: str) -> bool:
+        """The request is over; returns whether it was there."""
+        work = self.placed.pop(request_id, None)
+        if work is None:
+            return False
+        if self.outstanding.pop(request_id, None) is None:
+            self.released.append(work)
+        return True
 
     def state(self) -> DecodeState | PrefillState | None:
         """What policies see of it; None while it cannot be chosen."""
@@ -79,17 +78,18 @@ class WorkerRecord:
         return None
 
     def _decode_state(self, status: DecodeStatus) -> DecodeState:
-        targets = [p.work.tpot_s for p in self.placed.values() if p.work.tpot_s is not None]
+        placed = tuple(self.placed.values())
+        targets = [work.tpot_s for work in placed if work.tpot_s is not None]
         return DecodeState(
             member=self.member,
             status=_without(self.released, status),
             outstanding=self._outstanding_work(),
-            placed=tuple(placed.work for placed in self.placed.values()),
+            placed=placed,
             tpot_s=min(targets, default=None),
         )
 
     def _outstanding_work(self) -> tuple[Work, ...]:
-        return tuple(self.placed[request_id].work for request_id in sorted(self.outstanding))
+        return tuple([self.placed[request_id] for request_id in self.outstanding])
 
 
 def _without(released: Sequence[Work], status: DecodeStatus) -> DecodeStatus:

@@ -16,7 +16,6 @@ from colm_serve.router.placing.load import Load
 from colm_serve.router.placing.offer import Offers
 from colm_serve.router.placing.policy import adaptive as place
 from colm_serve.router.placing.policy import aggregated, fixed_level, make_policy
-from colm_serve.router.placing.room import num_free_pages
 from colm_serve.router.placing.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
 from tests.router.scripted import KV_IDENTITY, NUM_LEVELS, decode_status, prefill_status
 
@@ -203,7 +202,7 @@ def test_without_room_here_the_request_goes_there() -> None:
     full = decode("d0", num_free_pages=7)  # 128 tokens need 8 pages of 16
     assert place(facts(), cluster(full, decode("d1"))).decode.worker_id == "d1"
     promised = decode("d0", num_free_pages=15, outstanding=(Work(1, 100, 28),))
-    assert num_free_pages(promised) == 7
+    assert promised.num_free_pages == 7
     assert place(facts(), cluster(promised, decode("d1"))).decode.worker_id == "d1"
 
 
@@ -211,7 +210,7 @@ def test_room_is_needed_for_the_output_that_the_worker_expects() -> None:
     state = decode(num_free_pages=8, expected_output_tokens=28)
     assert place(facts(max_tokens=900), cluster(state)).decode.worker_id == "d0"
     promised = replace(state, outstanding=(Work(1, 4, 900),))
-    assert num_free_pages(promised) == 6
+    assert promised.num_free_pages == 6
     with pytest.raises(ResourceExhausted):
         place(facts(max_tokens=900), cluster(promised))
 
@@ -320,11 +319,11 @@ def test_any_request_is_served_within_its_bounds_or_no_level_would_do(
 ) -> None:
     low, high = bounds
     request = facts(min_level=low, max_level=high, ttft_s=ttft_s, tpot_s=tpot_s)
-    has_room = any(num_free_pages(state) >= 8 for state in states)
+    has_room = any(state.num_free_pages >= 8 for state in states)
     try:
         placement = place(request, cluster(*states))
     except ResourceExhausted:
-        for state in (s for s in states if num_free_pages(s) >= 8):
+        for state in (s for s in states if s.num_free_pages >= 8):
             for level in range(low, high + 1):
                 assert breaks_targets(request, state, level)
         if has_room:
@@ -336,7 +335,7 @@ def test_any_request_is_served_within_its_bounds_or_no_level_would_do(
     assert has_room
     assert low <= placement.level <= high
     chosen = [s for s in states if s.member == placement.decode]
-    assert any(num_free_pages(state) >= 8 for state in chosen)
+    assert any(state.num_free_pages >= 8 for state in chosen)
     if ttft_s is None and tpot_s is None and all(s.tpot_s is None for s in states):
         assert placement.level == high
 
