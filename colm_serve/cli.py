@@ -40,6 +40,7 @@ app = typer.Typer(
 console = Console()
 
 Address = Annotated[str, typer.Option(help="The router's gRPC address.")]
+_DATA_HELP = "Text, JSONL or parquet files; default: the standard library's source."
 ApiKey = Annotated[
     str | None, typer.Option(envvar="COLM_API_KEY", help="Where the cluster has tenants.")
 ]
@@ -180,9 +181,7 @@ def simulate(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A training recipe's YAML file.")],
     out: Annotated[Path, typer.Option(help="The run's folder; an unfinished run is resumed.")],
-    data: Annotated[
-        Path | None, typer.Option(help="Text files; default: the standard library's source.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
 ) -> None:
     """Train a CoLM; Ctrl-C keeps a checkpoint, and the same command goes on from it.
 
@@ -199,9 +198,7 @@ def train(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model folder that has its train.yaml.")],
-    data: Annotated[
-        Path | None, typer.Option(help="Text files; default: the standard library's source.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
 ) -> None:
     """Print the held-out loss of every level."""
     report = evaluate_folder(model, TrainConfig.load(model / "train.yaml"), data)

@@ -41,8 +41,9 @@ class TrainConfig:
         precision: of matrix products; weights, gradients and reductions stay fp32.
         recompute_activations: keep only the blocks' inputs for the backward pass and run each
             block again there: less memory for a third more work.
-        heldout_fraction: share of the corpus' files that training never sees.
+        heldout_fraction: share of the corpus' documents that training never sees.
         exclude: shell patterns of corpus files to leave out.
+        text_field: where a JSONL or parquet file's rows hold their text.
         eval_interval_steps: steps between looks at the held-out loss.
         eval_tokens: held-out tokens in one such look.
         log_interval_steps: steps between lines of `metrics.jsonl`.
@@ -70,6 +71,7 @@ class TrainConfig:
     recompute_activations: bool = False
     heldout_fraction: float = 0.03
     exclude: tuple[str, ...] = ()
+    text_field: str = "text"
     eval_interval_steps: int = 100
     eval_tokens: int = 65536
     log_interval_steps: int = 1
@@ -85,6 +87,7 @@ class TrainConfig:
             self._check(key, getattr(self, key) > 0, "a positive number")
         for key in ("seed", "weight_decay"):
             self._check(key, getattr(self, key) >= 0, "zero or a positive number")
+        self._check("text_field", bool(self.text_field), "a key or column's name")
         self._check("precision", self.precision in get_args(Precision), "fp32 or bf16")
         self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "0 to 1")
         self._check("heldout_fraction", 0 < self.heldout_fraction < 1, "between 0 and 1")
@@ -132,6 +135,8 @@ class TrainConfig:
             value = getattr(self, key)
             if hint is bool:
                 self._check(key, isinstance(value, bool), "true or false")
+            if hint is str:
+                self._check(key, isinstance(value, str), "a text")
             if hint in numbers:
                 is_number = isinstance(value, numbers[hint]) and not isinstance(value, bool)
                 self._check(key, is_number, f"a number of type {hint.__name__}")

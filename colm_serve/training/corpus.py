@@ -1,4 +1,4 @@
-"""Text files as documents, split by file into training and held-out text.
+"""Text files and rows of JSONL and parquet files as documents, split into training and held-out.
 
 The default corpus is the running interpreter's standard library: it is on every machine that can
 run this program, so a run is reproducible without a download.
@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from colm_serve.errors import InvalidArgument
+from colm_serve.training.rows import ROW_SUFFIXES, read_rows
 
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(frozen=True)
 class Document:
-    """One file: its path below the corpus folder, with forward slashes, and its text."""
+    """A text and where it is from: the file's path below the corpus folder, with forward slashes,
+    and `:row` in a JSONL or parquet file.
+    """
 
     path: str
     text: str
@@ -29,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in the order of their paths."""
+    """Documents in the order of their files' paths and, in a file, of its rows."""
 
     name: str
     train: tuple[Document, ...]
@@ -45,18 +48,23 @@ class Corpus:
 
 
 def read_corpus(
-    folder: Path | None, heldout_fraction: float, exclude: Sequence[str] = ()
+    folder: Path | None,
+    heldout_fraction: float,
+    exclude: Sequence[str] = (),
+    text_field: str = "text",
 ) -> Corpus:
     """Read every document of `folder`, or the standard library's `*.py` files when it is None.
 
     Args:
-        folder: text files anywhere below it; files that are not UTF-8 and hidden files are
-            left out.
-        heldout_fraction: share of the files that training never sees; see `is_heldout`.
+        folder: text files anywhere below it, a document each, and `.jsonl` and `.parquet` files,
+            a document each row; hidden files and texts that are not UTF-8 are left out.
+        heldout_fraction: share of the documents that training never sees; see `is_heldout`.
         exclude: shell patterns of relative paths to leave out; `*` also matches slashes.
+        text_field: key or column of a row that holds its text.
 
     Raises:
-        InvalidArgument: the folder is missing, or too small to have both splits.
+        InvalidArgument: the folder is missing, or too small to have both splits, or has a row
+            without text; see `read_rows`.
     """
     if folder is None:
         name = f"Python {platform.python_version()} standard library"
@@ -64,27 +72,31 @@ def read_corpus(
     else:
         name, root, pattern = folder.resolve().name, folder, "*"
     if not root.is_dir():
-        raise InvalidArgument("data", str(folder), "a folder of text files")
-    documents = list(_documents(root, sorted(root.rglob(pattern)), exclude))
+        raise InvalidArgument("data", str(folder), "a folder of text, JSONL or parquet files")
+    documents = list(_documents(root, sorted(root.rglob(pattern)), exclude, text_field))
     train = tuple(d for d in documents if not is_heldout(d.path, heldout_fraction))
     heldout = tuple(d for d in documents if is_heldout(d.path, heldout_fraction))
     if not train or not heldout:
         raise InvalidArgument(
             "data",
             str(root),
-            "a folder with files for training and for the held-out split; this one gives "
+            "a folder with documents for training and for the held-out split; this one gives "
             f"{len(train)} and {len(heldout)}",
         )
     return Corpus(name, train, heldout)
 
 
 def is_heldout(path: str, fraction: float) -> bool:
-    """Whether a file is held out: a function of its path alone, so every run and machine agree."""
+    """Whether a document is held out: a function of its path alone, so every run and machine
+    agree.
+    """
     digest = hashlib.sha256(path.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _documents(root: Path, paths: Iterable[Path], exclude: Sequence[str]) -> Iterable[Document]:
+def _documents(
+    root: Path, paths: Iterable[Path], exclude: Sequence[str], text_field: str
+) -> Iterator[Document]:
     for path in paths:
         relative = path.relative_to(root)
         name = relative.as_posix()
@@ -93,9 +105,16 @@ def _documents(root: Path, paths: Iterable[Path], exclude: Sequence[str]) -> Ite
             continue
         if any(fnmatch(name, pattern) for pattern in exclude):
             continue
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text.strip():
-            yield Document(name, text)
+        if path.suffix in ROW_SUFFIXES:
+            rows = read_rows(path, text_field)
+            found = [Document(f"{name}:{number}", text) for number, text in rows]
+        else:
+            found = _text_file(name, path)
+        yield from (document for document in found if document.text.strip())
+
+
+def _text_file(name: str, path: Path) -> list[Document]:
+    try:
+        return [Document(name, path.read_text("utf-8"))]
+    except UnicodeDecodeError:
+        return []

@@ -43,7 +43,7 @@ def prepare_dataset(config: TrainConfig, run_folder: Path, data: Path | None) ->
         InvalidConfig: the folder's tokens were made from another corpus.
         InvalidArgument: the corpus is too small for the recipe.
     """
-    corpus = read_corpus(data, config.heldout_fraction, config.exclude)
+    corpus = read_corpus(data, config.heldout_fraction, config.exclude, config.text_field)
     marker = run_folder / "dataset.json"
     if marker.exists():
         found = json.loads(marker.read_text("utf-8"))["fingerprint"]
@@ -69,7 +69,7 @@ def _tokenize(config: TrainConfig, run_folder: Path, corpus: Corpus) -> None:
         tokens = encode_documents(tokenizer, config.model, corpus, documents).astype(width)
         np.save(run_folder / f"{split}.npy", tokens, allow_pickle=False)
         summary[split] = {
-            "num_files": len(documents),
+            "num_documents": len(documents),
             "num_bytes": sum(len(d.text.encode()) for d in documents),
             "num_tokens": len(tokens),
         }
@@ -86,7 +86,7 @@ def _make_tokenizer(config: TrainConfig, corpus: Corpus) -> Tokenizer:
             allowed = f"a model with {vocab_size} tokens or fewer, as its config.json says"
             raise InvalidConfig("tuning.base", str(config.tuning.base), allowed)
         return tokenizer
-    _log.info("training the tokenizer on %d files", len(corpus.train))
+    _log.info("training the tokenizer on %d documents", len(corpus.train))
     tokenizer = train_tokenizer((d.text for d in corpus.train), vocab_size)
     if tokenizer.get_vocab_size() != vocab_size:
         found = f"the {tokenizer.get_vocab_size()} tokens that the corpus yields"

@@ -34,7 +34,7 @@ class Report:
     """What a model's levels lose on text it was not trained on; loss in nats per token."""
 
     corpus: str
-    num_files: int
+    num_documents: int
     num_tokens: int
     seq_len: int
     levels: tuple[LevelReport, ...]
@@ -70,11 +70,11 @@ class Report:
 
 
 def evaluate_folder(model_folder: Path, config: TrainConfig, data: Path | None = None) -> Report:
-    """Score every level of a model folder in fp32 on its recipe's held-out files.
+    """Score every level of a model folder in fp32 on its recipe's held-out documents.
 
     Args:
         model_folder: chain files and tokenizer.
-        config: the recipe: which files are held out, and how long a sequence is.
+        config: the recipe: which documents are held out, and how long a sequence is.
         data: as in `train`.
 
     Raises:
@@ -83,12 +83,12 @@ def evaluate_folder(model_folder: Path, config: TrainConfig, data: Path | None =
     """
     model = load_model(model_folder).model
     tokenizer = load_tokenizer(model_folder)
-    corpus = read_corpus(data, config.heldout_fraction, config.exclude)
+    corpus = read_corpus(data, config.heldout_fraction, config.exclude, config.text_field)
     tokens = encode_documents(tokenizer, model.config, corpus, corpus.heldout)
     losses = evaluate(model, tokens, token_bytes(tokenizer), seq_len=config.seq_len)
     return Report(
         corpus=corpus.name,
-        num_files=len(corpus.heldout),
+        num_documents=len(corpus.heldout),
         num_tokens=len(tokens),
         seq_len=config.seq_len,
         levels=tuple(

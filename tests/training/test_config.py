@@ -34,6 +34,8 @@ def test_bundled_recipe_loads() -> None:
         ("final_lr_fraction", 1.5),
         ("heldout_fraction", 1),
         ("precision", "fp8"),
+        ("text_field", ""),
+        ("text_field", 3),
         ("checkpoint_interval_s", 0),
     ],
 )
