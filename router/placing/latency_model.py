@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from colm_serve.core import StepCost
 from colm_serve.router.placing.load import Load, TokenTimes
 from colm_serve.router.placing.snapshot import DecodeState, PrefillState
 
-#: Of a target for the time per token: a step may take so much of it, as no two take the same.
+#: Of a target: what is predicted may take so much of it, as no two steps take the same.
 AIMED_SHARE = 0.9
+#: Of what a row alone would leave of a limit: others may take so much before levels go down.
+FILLED_SHARE = 0.35
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,16 @@ class Prediction:
 
     def finish_s(self, max_tokens: int) -> float:
         return self.ttft_s + (max_tokens - 1) * self.tpot_s
+
+
+def upper_limit_s(limit_s: float, level: int, cost: StepCost) -> float:
+    """How long a step may take for a row to run at `level`, above the lowest that it may.
+
+    The rest of `limit_s` is kept for a burst: those that run fast and low end soon, so that there
+    are few of them when it comes. A row that is alone may take all.
+    """
+    alone_s = sum(cost.chain_s[:level])
+    return min(limit_s, alone_s + FILLED_SHARE * max(0.0, limit_s - alone_s))
 
 
 def prompt_s(state: DecodeState, computed_s: float | None, num_tokens: int) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from colm_serve.core import StepCost
-from colm_serve.router.placing.latency_model import AIMED_SHARE
+from colm_serve.router.placing.latency_model import AIMED_SHARE, upper_limit_s
 
 #: From one look at the running requests to the next.
 INTERVAL_S = 0.25
@@ -83,10 +83,10 @@ class _Batch:
         self.rows = rows
         self.levels = [row.level for row in rows]
         self._moved: set[int] = set()
-        self._cost = cost
         self._max_rows = max_rows
         # More rows than a step holds take turns.
         self._turns = max(1.0, len(rows) / max_rows)
+        self.cost = cost
         self.num_chains = len(cost.chain_s)
         self._num_rows = [0] * self.num_chains
         self._num_attended = [0] * self.num_chains
@@ -121,7 +121,7 @@ class _Batch:
 
     def _seconds(self, chain: int) -> float:
         num_rows = min(self._num_rows[chain], self._max_rows)
-        return self._cost.chain_step_s(chain, num_rows, self._num_attended[chain] / self._turns)
+        return self.cost.chain_step_s(chain, num_rows, self._num_attended[chain] / self._turns)
 
 
 class LevelMover:
@@ -146,7 +146,7 @@ class LevelMover:
             if batch.moves:
                 self._lowered_at = now
         elif now - self._lowered_at >= _HOLD_S:
-            _raise(batch, _ROOM_SHARE * limit_s, int(self._saved))
+            _raise(batch, limit_s, int(self._saved))
         self._saved -= len(batch.moves)
         return batch.moves
 
@@ -169,17 +169,18 @@ def _lower(batch: _Batch, limit_s: float, num_moves: int) -> None:
 
 
 def _raise(batch: _Batch, limit_s: float, num_moves: int) -> None:
-    """Put rows on the next chain, from the lowest on, as long as a step stays short enough.
+    """Put rows on the next chain, from the lowest on, as long as a step stays well below the limit.
 
     Among those at a level the heaviest go first.
     """
     rows = batch.rows
     order = sorted(range(len(rows)), key=lambda i: -rows[i].weight)
     for level in range(1, batch.num_chains):
+        most_s = min(_ROOM_SHARE * limit_s, upper_limit_s(limit_s, level + 1, batch.cost))
         for i in order:
             is_free = batch.levels[i] == level < rows[i].max_level
             if is_free and batch.may_move(i, num_moves):
                 batch.move(i, 1)
-                if batch.token_s > limit_s:
+                if batch.token_s > most_s:
                     batch.move(i, -1)
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from colm_serve.router.placing.latency_model import (
     idle_prediction,
     prefilled_s,
     prompt_s,
+    upper_limit_s,
 )
 from colm_serve.router.placing.load import TokenTimes
 from colm_serve.router.placing.room import RETRY_AFTER_S
@@ -56,12 +58,15 @@ class Offers:
     def highest(self, state: DecodeState) -> Offer:
         """The highest level at which the worker keeps all targets, else the request's lowest."""
         request, first_s = self._request, self._prompt_s(state)
+        limit_s = self._token_limit_s(state)
         for level in range(request.max_level, request.min_level - 1, -1):
             prediction = self._prediction(first_s, state.times, level)
-            if self._keeps(state, prediction) and self._is_done_in_time(prediction):
+            is_lowest = level == request.min_level
+            most_s = limit_s if is_lowest else upper_limit_s(limit_s, level, state.status.step_cost)
+            if self._keeps(prediction, most_s) and self._is_done_in_time(prediction):
                 return Offer(state, level, prediction)
         prediction = self._prediction(first_s, state.lowered_times, request.min_level)
-        is_kept = self._keeps(state, prediction)
+        is_kept = self._keeps(prediction, limit_s)
         return Offer(state, request.min_level, prediction, is_kept, lowers_others=True)
 
     def place(self, offer: Offer) -> Placement:
@@ -83,11 +88,11 @@ class Offers:
             idle_prediction(o.state, first, level, len(request.prompt), request.num_attended)
             for o in offers
         ]
-        for field, target_s, share, least_s in (
-            ("ttft_ms", request.ttft_s, 1.0, min(prediction.ttft_s for prediction in idle)),
-            ("tpot_ms", request.tpot_s, AIMED_SHARE, min(prediction.tpot_s for prediction in idle)),
+        for field, target_s, least_s in (
+            ("ttft_ms", request.ttft_s, min(prediction.ttft_s for prediction in idle)),
+            ("tpot_ms", request.tpot_s, min(prediction.tpot_s for prediction in idle)),
         ):
-            if target_s is not None and share * target_s < least_s:
+            if target_s is not None and AIMED_SHARE * target_s < least_s:
                 if field not in request.own_targets or target_s >= least_s:
                     return
                 allowed = f"{least_s * 1000:.4g} or more, predicted of an idle worker at level"
@@ -107,14 +112,16 @@ class Offers:
         tpot_s = times.tpot_s(level, self._num_attended)
         return Prediction(first_s + tpot_s, tpot_s)
 
-    def _keeps(self, state: DecodeState, prediction: Prediction) -> bool:
-        """Whether this request and those already running there get what they were promised."""
+    def _token_limit_s(self, state: DecodeState) -> float:
+        """What a token may take, for this request and those already running there."""
+        targets = (t for t in (self._request.tpot_s, state.tpot_s) if t is not None)
+        return AIMED_SHARE * min(targets, default=math.inf)
+
+    def _keeps(self, prediction: Prediction, limit_s: float) -> bool:
+        """Whether the first token comes in time, and the others as fast as they have to."""
         request = self._request
-        return (
-            (request.ttft_s is None or request.age_s + prediction.ttft_s <= request.ttft_s)
-            and (request.tpot_s is None or prediction.tpot_s <= AIMED_SHARE * request.tpot_s)
-            and (state.tpot_s is None or prediction.tpot_s <= AIMED_SHARE * state.tpot_s)
-        )
+        ttft_s = math.inf if request.ttft_s is None else AIMED_SHARE * request.ttft_s
+        return request.age_s + prediction.ttft_s <= ttft_s and prediction.tpot_s <= limit_s
 
     def _is_done_in_time(self, prediction: Prediction) -> bool:
         """Whether all tokens that it may have come by its deadline; its text may end before."""

@@ -157,7 +157,7 @@ async def test_tenants_share_the_room_by_weight(
 
 
 async def test_who_waits_for_its_targets_lets_others_by(tmp_path: Path) -> None:
-    classes = {"default": SlaClass(), "fast": SlaClass(tpot_ms=36)}
+    classes = {"default": SlaClass(), "fast": SlaClass(tpot_ms=54)}
     async with scripted_cluster(tmp_path, sla_classes=classes) as cluster:
         # Beside eight rows of level 3 a step takes 52 ms at the least.
         busy = cluster.worker.status = decode_status(max_rows=32, num_running=(0, 0, 8))
@@ -202,8 +202,8 @@ async def test_a_full_line_turns_away_those_of_whom_there_are_most(tmp_path: Pat
 
 
 async def test_brownouts_are_told(tmp_path: Path) -> None:
-    """Level 3 in 36 ms a token is for an idle worker; beside 8 rows there is time for level 2."""
-    classes = {"default": SlaClass(), "fast": SlaClass(tpot_ms=36)}
+    """Level 3 in 54 ms a token is for few rows; beside 8 there is time for level 2."""
+    classes = {"default": SlaClass(), "fast": SlaClass(tpot_ms=54)}
     body = {"prompt": list(PROMPT), "max_tokens": 2, "sla_class": "fast"}
     async with scripted_cluster(tmp_path, sla_classes=classes) as cluster:
 
