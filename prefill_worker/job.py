@@ -24,10 +24,10 @@ class PrefillJob:
     num_sent: int = 0
     num_overtaking_pages: int = 0
     is_cancelled: bool = False
+    num_tokens: int = field(init=False)
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.request.tokens)
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.request.tokens)
 
     @property
     def num_left(self) -> int:

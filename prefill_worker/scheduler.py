@@ -113,6 +113,8 @@ class PrefillScheduler:
         """
         assert not self._in_pass, "the last pass has not been completed"
         wanting = [job for job in self._running if job.num_left and not job.is_cancelled]
+        if not wanting:
+            return ()
         most = MAX_UNSENT_PASSES * self._chunk_tokens
         jobs = [job for job in wanting if job.num_unsent < most]
         urgent = _at_risk(jobs, now, tokens_per_s)
@@ -156,6 +158,8 @@ class PrefillScheduler:
 
         What a job does not need goes to the others. More jobs than tokens take turns.
         """
+        if not budget:
+            return 0
         lacking = [job for job in jobs if num_tokens[job] < job.num_left]
         served = lacking[:budget]
         if len(lacking) > budget:
@@ -178,6 +182,8 @@ class PrefillScheduler:
 
     def _start_waiting(self) -> None:
         """Give pages to the waiting jobs that there are pages for and that may have them now."""
+        if not self._waiting:
+            return
         passed_over: list[PrefillJob] = []
         for job in list(self._waiting):
             num_pages = self._pages.pages_for(job.num_tokens)

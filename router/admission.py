@@ -23,7 +23,15 @@ class Admission:
 
     @contextmanager
     def admit(self, tenant: Tenant) -> Iterator[Ticket]:
-        """Hold a place; a refusal takes nothing.
+        """Hold a place; raises as `begin` does."""
+        ticket = self.begin(tenant)
+        try:
+            yield ticket
+        finally:
+            self.end(ticket)
+
+    def begin(self, tenant: Tenant) -> Ticket:
+        """Take a place, until `end`; a refusal takes nothing.
 
         Raises:
             ResourceExhausted: all places are taken.
@@ -37,13 +45,12 @@ class Admission:
         quota = self._quotas[tenant.name]
         quota.begin()
         self.num_running += 1
-        ticket = Ticket(quota)
-        try:
-            yield ticket
-        finally:
-            self.num_running -= 1
-            ticket.give_back()
-            quota.end()
+        return Ticket(quota)
+
+    def end(self, ticket: Ticket) -> None:
+        """The request is over: its place is free, and what it has not used is given back."""
+        self.num_running -= 1
+        ticket.end()
 
 
 class Ticket:
@@ -64,8 +71,9 @@ class Ticket:
         self._quota.reserve(num_prompt_tokens, max_tokens)
         self._num_reserved = num_prompt_tokens + max_tokens
 
-    def give_back(self) -> None:
+    def end(self) -> None:
         self._quota.give_back(max(0, self._num_reserved - self.num_used))
+        self._quota.end()
 
 
 class Quota:

@@ -30,5 +30,7 @@ class VirtualClock:
 
     def run(self) -> None:
         """Until nothing is set any more."""
-        while self.step():
-            pass
+        events, next_event = self._events, heapq.heappop
+        while events:
+            self.now, _, action, arguments = next_event(events)
+            action(*arguments)

@@ -197,16 +197,17 @@ class VirtualDecodeWorker:
         self._run = None
         for sequence in self._rows.complete(self._num_steps):
             self._finish(sequence)
-        self._complete_chunks(self._clock.now - run.begin)
-        cancelled, self._cancelled = self._cancelled, []
-        for sequence in cancelled:
-            self._drop(sequence)
+        if self._chunks:
+            self._complete_chunks(self._clock.now - run.begin)
+        if self._cancelled:
+            cancelled, self._cancelled = self._cancelled, []
+            for sequence in cancelled:
+                self._drop(sequence)
         self._take_turn()
 
     def _complete_chunks(self, seconds: float) -> None:
         chunks, self._chunks = self._chunks, []
-        if chunks:
-            self._prefill_rate.add(sum(num_tokens for _, num_tokens in chunks), seconds)
+        self._prefill_rate.add(sum(num_tokens for _, num_tokens in chunks), seconds)
         for sequence, num_tokens in chunks:
             sequence.num_computed += num_tokens
             if sequence.stage is Stage.PREFILLING and sequence.num_missing == 0:
@@ -223,9 +224,10 @@ class VirtualDecodeWorker:
 
     def _take_turn(self) -> None:
         """Compose the next step, and all that follow unchanged."""
-        for sequence, level in self._moves.items():
-            self._rows.move(sequence, level)
-        self._moves.clear()
+        if self._moves:
+            for sequence, level in self._moves.items():
+                self._rows.move(sequence, level)
+            self._moves.clear()
         num_rows = self._rows.choose(self._make_room, may_be_empty=bool(self._prefilling))
         self._readmit()
         self._chunks = self._next_chunks(self._config.max_batch_tokens - num_rows)
@@ -279,6 +281,8 @@ class VirtualDecodeWorker:
 
     def _next_chunks(self, budget: int) -> list[tuple[VirtualSequence, int]]:
         """An equal share of the budget for each prompt; what one does not need the others get."""
+        if not self._prefilling:
+            return []
         prompts = take_turns(self._prefilling, budget)
         chunks = []
         for num_done, sequence in enumerate(sorted(prompts, key=lambda s: s.num_missing)):

@@ -116,14 +116,15 @@ class VirtualRouter:
         if sla is None:
             allowed = f"one of {sorted(self._config.sla_classes)}"
             raise InvalidConfig("sla_class of a request in the trace", name, allowed)
-        request = VirtualRequest(
-            str(self._num_arrived), traced, name, sla, self._num_levels, traced.num_prompt_tokens
-        )
         try:
-            request.admission.enter_context(self._admission.admit(ANYBODY))
+            ticket = self._admission.begin(ANYBODY)
         except ResourceExhausted:
             self.outcomes[name].num_refused += 1
             return
+        request_id, num_prompt = str(self._num_arrived), traced.num_prompt_tokens
+        request = VirtualRequest(
+            request_id, traced, name, sla, self._num_levels, num_prompt, ticket
+        )
         self._watch_deadline(request)
         self._placer.enter(request)
 
@@ -211,5 +212,5 @@ class VirtualRouter:
             self._view.release(request.request_id, request.placement)
             self._levels.remove(request.placement.decode, request)
             request.placement = request.sequence = None
-        request.admission.close()
+        self._admission.end(request.ticket)
         self._placer.leave(request)

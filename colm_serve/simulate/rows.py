@@ -107,6 +107,8 @@ class Rows:
 
     def tell_first_tokens(self, step_end: float) -> None:
         """Rows that make their first token in the step chosen know when that will be."""
+        if not self._untold:
+            return
         untold, self._untold = self._untold, []
         for sequence in untold:
             if self.is_in_step(sequence):
@@ -141,13 +143,14 @@ class Rows:
                 return False
             self._lockstep = self._new_lockstep()
             self._joining = list(self.running)
-        lacking, self._lacking = self._lacking, []
-        make_room(lacking)
-        still = [sequence for sequence in lacking if sequence in self.running]
-        if any(map(self._pages.lacks_slot, still)):
-            return self._part()
-        for sequence in still:
-            self._lockstep.expect(sequence)
+        if self._lacking:
+            lacking, self._lacking = self._lacking, []
+            make_room(lacking)
+            still = [sequence for sequence in lacking if sequence in self.running]
+            if any(map(self._pages.lacks_slot, still)):
+                return self._part()
+            for sequence in still:
+                self._lockstep.expect(sequence)
         joining, self._joining = self._joining, []
         for sequence in joining:
             self._lockstep.join(sequence)

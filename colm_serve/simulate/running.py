@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from colm_serve.config import SlaClass
 from colm_serve.core import Member
+from colm_serve.router.admission import Ticket
 from colm_serve.router.placing.facts import Placement, RequestFacts
 from colm_serve.router.placing.snapshot import Work
 from colm_serve.simulate.sequence import VirtualSequence
@@ -23,7 +23,7 @@ class VirtualRequest:
     sla: SlaClass
     num_levels: int
     num_prompt: int
-    admission: ExitStack = field(default_factory=ExitStack)
+    ticket: Ticket
     refused_by: frozenset[Member] = frozenset()
     num_attempts: int = 0
     placement: Placement | None = None

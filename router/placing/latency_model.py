@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from colm_serve.core import StepCost
 from colm_serve.router.placing.load import Load, TokenTimes
@@ -14,8 +14,7 @@ AIMED_SHARE = 0.9
 FILLED_SHARE = 0.35
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Seconds to the first token, and of each later one."""
 
     ttft_s: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from colm_serve.errors import InvalidArgument, TargetsMissed
 from colm_serve.router.placing.facts import Placement, RequestFacts
@@ -21,8 +21,7 @@ from colm_serve.router.placing.room import RETRY_AFTER_S
 from colm_serve.router.placing.snapshot import DecodeState, PrefillState
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(NamedTuple):
     """A level at a decode worker; whether this request's targets and the others' are kept there.
 
     If it `lowers_others`, that takes moving those that run there to the lowest level they may.
