@@ -58,7 +58,8 @@ def serve(config: Annotated[Path, typer.Argument(help="A cluster's YAML file.")]
     with console.status("starting the cluster"):
         cluster = Cluster(cluster_config)
     with cluster:
-        console.print(f"serving [bold]{cluster_config.served_name}[/bold]")
+        names = ", ".join((cluster_config.served_name, *cluster_config.variants))
+        console.print(f"serving [bold]{names}[/bold]")
         console.print(f"  gRPC  {cluster.addresses.grpc}")
         console.print(f"  HTTP  http://{cluster.addresses.http}/v1")
         console.print("Ctrl-C stops it")

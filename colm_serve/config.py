@@ -341,6 +341,11 @@ class ClusterConfig(_Frozen):
 
     model: Path
     model_name: str = ""
+    variants: dict[str, Path] = Field(
+        default_factory=dict,
+        description="further models on the same chain 1, by name; each has decode.count workers "
+        "of its own, and all share the prefill workers",
+    )
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
     router: RouterConfig = RouterConfig()
@@ -364,8 +369,17 @@ class ClusterConfig(_Frozen):
         for room in ("prefill", "decode", "router"):
             host = getattr(self, room).host
             check_bind_address(f"{room}.host", host, has_tls=self.tls is not None)
+        self._check_variants()
         self._check_tenants()
         return self
+
+    def _check_variants(self) -> None:
+        for taken in ("", self.served_name):
+            if taken in self.variants:
+                allowed = f"a name, and another than the model's own, {self.served_name}"
+                raise InvalidConfig("variants", taken, allowed)
+        if self.variants and self.planner.enabled:
+            raise InvalidConfig("planner.enabled", True, "false where there are variants")
 
     def _check_tenants(self) -> None:
         owners: dict[bytes, str] = {}
@@ -390,6 +404,10 @@ class ClusterConfig(_Frozen):
         """The name clients put in the `model` field."""
         return self.model_name or self.model.name
 
+    def folder_of(self, variant: str) -> Path:
+        """The model folder of a variant; "" is the cluster's own model."""
+        return self.variants[variant] if variant else self.model
+
     def _with_paths_from(self, folder: Path) -> ClusterConfig:
         tls = self.tls and TlsConfig(
             ca_file=(folder / self.tls.ca_file).resolve(),
@@ -402,7 +420,9 @@ class ClusterConfig(_Frozen):
             sparse = sparse.model_copy(update={"pattern_file": path})
         prefill = self.prefill.model_copy(update={"sparse": sparse})
         model = (folder / self.model).resolve()
-        return self.model_copy(update={"model": model, "tls": tls, "prefill": prefill})
+        variants = {name: (folder / path).resolve() for name, path in self.variants.items()}
+        update = {"model": model, "variants": variants, "tls": tls, "prefill": prefill}
+        return self.model_copy(update=update)
 
     @classmethod
     def load(cls, path: Path) -> ClusterConfig:

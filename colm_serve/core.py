@@ -175,7 +175,7 @@ class DecodeRequest:
 
     The last `num_resumed_tokens` of the prompt are output that another worker made before.
     Cached keys and values are shared with requests of the same `cache_salt` only.
-    The first token is due in `ttft_s` seconds, if it is due at all.
+    The first token is due in `ttft_s` seconds, if it is due at all. `variant` as in `Member`.
     """
 
     request_id: str
@@ -187,6 +187,7 @@ class DecodeRequest:
     num_resumed_tokens: int = 0
     cache_salt: str = ""
     ttft_s: float | None = None
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -412,7 +413,8 @@ class Member:
     """A live worker. The epoch is new for every process, so a restart is never mistaken.
 
     A standby is a prefill worker's process that decodes too, at level 1, for as long as no other
-    decode worker can.
+    decode worker can. `variant` names the upper chains that a decode worker holds, "" for those
+    of the cluster's own model; chain 1 is the same in all.
     """
 
     kind: WorkerKind
@@ -421,6 +423,7 @@ class Member:
     epoch: int
     kv_identity: str
     is_standby: bool = False
+    variant: str = ""
 
     def __hash__(self) -> int:
         # Members are looked up a dozen times a request, and a string remembers its hash.

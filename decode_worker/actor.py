@@ -17,24 +17,34 @@ from colm_serve.transport.host import ServiceThread
 class DecodeActor:
     """Hosts one decode worker; it serves when the constructor returns.
 
-    A standby holds chain 1 alone.
+    A standby holds chain 1 alone, whatever `variant` it is asked for.
     """
 
-    def __init__(self, config: ClusterConfig, worker_id: str, *, is_standby: bool = False) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        worker_id: str,
+        variant: str = "",
+        *,
+        is_standby: bool = False,
+    ) -> None:
         torch.set_num_threads(config.decode.num_threads)
         epoch = secrets.randbits(63)
         loaded = load_for_serving(
-            config.model,
+            config.folder_of(variant),
             num_chains=1 if is_standby else None,
             with_head=True,
             weight_dtype=config.decode.weight_dtype,
         )
-        self._worker = DecodeWorker(loaded, config.decode, worker_id, epoch)
+        self._worker = DecodeWorker(
+            loaded, config.decode, worker_id, epoch, None if is_standby else variant
+        )
         service = DecodeService(self._worker, config.decode, config.tls)
         self._host = ServiceThread(service)
         self._member = Member(
-            WorkerKind.DECODE, worker_id, service.address, epoch, loaded.kv_identity, is_standby
-        )
+            WorkerKind.DECODE, worker_id, service.address, epoch, loaded.kv_identity, is_standby,
+            variant,
+        )  # fmt: skip
 
     def describe(self) -> Member:
         """Who this is and where it listens; raises when the engine has failed."""

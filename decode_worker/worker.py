@@ -57,10 +57,19 @@ SequenceSink = Callable[[SequenceNews], object]
 
 
 class DecodeWorker:
-    """Every chain, the KV pool and the thread that computes; thread-safe."""
+    """Every chain, the KV pool and the thread that computes; thread-safe.
+
+    `variant` names the upper chains as `core.Member` does; None: there are none, and level 1 is
+    that of every variant.
+    """
 
     def __init__(
-        self, loaded: LoadedModel[ServingModel], config: DecodeConfig, worker_id: str, epoch: int
+        self,
+        loaded: LoadedModel[ServingModel],
+        config: DecodeConfig,
+        worker_id: str,
+        epoch: int,
+        variant: str | None = "",
     ) -> None:
         self.layout: KvLayout = kv_layout(loaded)
         self.pool = make_pool(loaded, config.num_pages, config.page_size)
@@ -71,6 +80,7 @@ class DecodeWorker:
         self._config = config
         self._worker_id = worker_id
         self._epoch = epoch
+        self._variant = variant
         step_cost = measure_step_cost(loaded.model, self.pool)
         self._meter = StepMeter(step_cost)
         self._speculation = Speculation(loaded.model, self.pool, step_cost, config.speculation)
@@ -210,6 +220,11 @@ class DecodeWorker:
             raise Incompatible(
                 f"kv_identity: the router means {request.kv_identity!r}, {self._worker_id} "
                 f"serves {self.kv_identity!r}"
+            )
+        if self._variant is not None and request.variant != self._variant:
+            # The worker that the router means is gone, and this one has its address.
+            raise Unavailable(
+                f"{self._worker_id} decodes for variant {self._variant!r}, not {request.variant!r}"
             )
         self._check_level(request.level)
         config = self._model.config

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import count
 
@@ -25,6 +26,7 @@ class ClusterView:
     """The members, and the snapshots that policies decide on.
 
     `block_tokens` is the page size of the workers, whose caches hold whole pages of a prompt.
+    Prefill workers and standbys are those of every variant of the model.
     """
 
     def __init__(self, kv_identity: str, block_tokens: int = 16, seed: int = 0) -> None:
@@ -34,7 +36,9 @@ class ClusterView:
         self._version: int | None = None
         self._records: dict[Member, WorkerRecord] = {}
         self._numbers = count()
-        self._decode: WorkerGroup[DecodeState] = WorkerGroup(block_tokens)
+        self._decode: defaultdict[str, WorkerGroup[DecodeState]] = defaultdict(
+            lambda: WorkerGroup(block_tokens)
+        )
         self._prefill: WorkerGroup[PrefillState] = WorkerGroup(block_tokens)
         self._hashed: tuple[Sequence[int], str, tuple[int, ...]] = ((), "", ())
         self._foreign: frozenset[Member] = frozenset()
@@ -49,14 +53,13 @@ class ClusterView:
     def records(self) -> tuple[WorkerRecord, ...]:
         return tuple(self._records.values())
 
-    @property
-    def num_decode(self) -> int:
-        """Decode workers that can be chosen."""
-        return len(self._decode)
+    def num_decode(self, variant: str = "") -> int:
+        """Decode workers of a variant that can be chosen."""
+        return len(self._decode[variant])
 
     def has_reachable_decode(self) -> bool:
         """Whether any worker can decode, a standby too."""
-        return self.num_decode > 0 or bool(self.standbys((), "").decode)
+        return any(map(len, self._decode.values())) or bool(self.standbys((), "").decode)
 
     def change(self) -> asyncio.Event:
         """Set at the next change of anything a policy could decide otherwise on."""
@@ -87,7 +90,7 @@ class ClusterView:
                 self._records[member] = record
                 self._rank(record)
         for record in before.values():
-            self._decode.leave(record.number)
+            self._decode[record.member.variant].leave(record.number)
             self._prefill.leave(record.number)
         self.announce()
         return True
@@ -175,11 +178,13 @@ class ClusterView:
             prefill=tuple(state for state in states if isinstance(state, PrefillState)),
         )
 
-    def candidates(self, prompt: Sequence[int], cache_salt: str) -> ClusterSnapshot:
+    def candidates(
+        self, prompt: Sequence[int], cache_salt: str, variant: str = ""
+    ) -> ClusterSnapshot:
         """The workers to choose among for a prompt; see `placement`."""
         hashes = self._hashes(prompt, cache_salt)
         return ClusterSnapshot(
-            decode=self._decode.candidates(hashes, self._draw),
+            decode=self._decode[variant].candidates(hashes, self._draw),
             prefill=self._prefill.candidates(hashes, self._draw),
         )
 
@@ -192,11 +197,13 @@ class ClusterView:
             prefill=self._prefill.candidates(self._hashes(prompt, cache_salt), self._draw),
         )
 
-    def roomiest(self, prompt: Sequence[int], cache_salt: str) -> ClusterSnapshot:
+    def roomiest(
+        self, prompt: Sequence[int], cache_salt: str, variant: str = ""
+    ) -> ClusterSnapshot:
         """The decode workers with the most room: none has more, as far as this router knows."""
         hashes = self._hashes(prompt, cache_salt)
         return ClusterSnapshot(
-            decode=self._decode.roomiest(hashes),
+            decode=self._decode[variant].roomiest(hashes),
             prefill=self._prefill.candidates(hashes, self._draw),
         )
 
@@ -207,20 +214,21 @@ class ClusterView:
 
     def _cached(self, record: WorkerRecord, tokens: Sequence[int], cache_salt: str) -> None:
         hashes = self._hashes(tokens, cache_salt)
-        self._decode.cached(record.number, hashes)
+        self._decode[record.member.variant].cached(record.number, hashes)
         self._prefill.cached(record.number, hashes)
 
     def _rank(self, record: WorkerRecord) -> None:
         """Take note of a worker after anything about it has changed."""
         state = None if record.member.is_standby else record.state()
+        decode = self._decode[record.member.variant]
         if state is None:
-            self._decode.drop(record.number)
+            decode.drop(record.number)
             self._prefill.drop(record.number)
         elif isinstance(state, DecodeState):
             status = state.status
             num_rows = sum(status.num_running) + status.num_waiting + len(state.outstanding)
             load = num_rows / status.max_rows
-            self._decode.set(record.number, state, load, state.num_free_pages)
+            decode.set(record.number, state, load, state.num_free_pages)
         else:
             self._prefill.set(record.number, state, state.queue_s, state.status.num_free_pages)
 

@@ -49,7 +49,7 @@ class Failover:
         self._metrics = metrics
         self._clock = clock
         self._standby_after_s = config.standby.after_s
-        self._without_decode_since: float | None = None
+        self._without_decode_since: dict[str, float] = {}
         self._max_attempts = router.max_attempts
         self._budget = RetryBudget(router.retry_share, router.max_concurrent, clock())
         self._breakers = CircuitBreakers(router.breaker_failures, router.breaker_open_s)
@@ -72,13 +72,13 @@ class Failover:
             Unavailable, ResourceExhausted, InvalidArgument: as `Policy`.
         """
         now, salt = self._clock(), running.checked.cache_salt
+        request = running.facts()
         try:
-            placement = decide(self._unless_open, self._view, running.facts(), salt)
-            self._without_decode_since = None
+            placement = decide(self._unless_open, self._view, request, salt)
+            self._without_decode_since.pop(request.variant, None)
         except Unavailable:
-            if self._without_decode_since is None:
-                self._without_decode_since = now
-            is_time = now - self._without_decode_since >= self._standby_after_s
+            since = self._without_decode_since.setdefault(request.variant, now)
+            is_time = now - since >= self._standby_after_s
             if not (is_time and running.may_use_standby):
                 raise
             placement = self._decide_standby(running)

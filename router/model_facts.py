@@ -9,7 +9,10 @@ from colm_serve.model.config import ColmConfig
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes and the identity that requests and workers are checked against."""
+    """The sizes and the identity that requests and workers are checked against.
+
+    `variant` is how its decode workers are told from those of other models on the same chain 1.
+    """
 
     name: str
     num_levels: int
@@ -17,9 +20,10 @@ class ModelFacts:
     vocab_size: int
     kv_identity: str
     eos_token_ids: tuple[int, ...] = ()
+    variant: str = ""
 
     @classmethod
-    def of(cls, name: str, config: ColmConfig, kv_identity: str) -> ModelFacts:
+    def of(cls, name: str, config: ColmConfig, kv_identity: str, variant: str = "") -> ModelFacts:
         return cls(
             name=name,
             num_levels=config.num_chains,
@@ -27,4 +31,5 @@ class ModelFacts:
             vocab_size=config.vocab_size,
             kv_identity=kv_identity,
             eos_token_ids=config.eos_token_ids,
+            variant=variant,
         )

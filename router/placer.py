@@ -34,7 +34,7 @@ class _Turn:
 
 
 class Placer:
-    """Places requests, at most `max_concurrent` of them at a time, in a fair order."""
+    """Places a model's requests in a fair order; at most `max_concurrent` of all at a time."""
 
     def __init__(
         self,
@@ -43,11 +43,17 @@ class Placer:
         policy: Policy,
         failover: Failover,
         tenants: Iterable[Tenant],
+        placed: set[str],
         *,
         clock: Clock,
         patience_s: float,
     ) -> None:
-        """`patience_s`: how long a request waits that has no target for its first token."""
+        """Requests of each model wait for themselves, as their workers are not the others'.
+
+        Args:
+            placed: ids of the requests that are being served, of all models.
+            patience_s: how long a request waits that has no target for its first token.
+        """
         self._view = view
         self._policy = policy
         self._failover = failover
@@ -59,7 +65,7 @@ class Placer:
         self._queue: FairQueue[_Turn] = FairQueue(config.router.max_queued, weights)
         self._head: _Turn | None = None
         self._num_aside = 0
-        self._placed: set[str] = set()
+        self._placed = placed
 
     def num_waiting(self, tenant: Tenant) -> int:
         """Requests of a tenant that wait for room."""
@@ -171,7 +177,7 @@ class Placer:
         if placement.decode.is_standby:
             running.is_brownout = True
         elif placement.level < request.max_level:
-            cluster = self._view.candidates(request.prompt, salt)
+            cluster = self._view.candidates(request.prompt, salt, request.variant)
             running.is_brownout = placement.level < idle_level(self._policy, request, cluster)
         self._placed.add(running.request_id)
         return placement
@@ -181,7 +187,7 @@ class Placer:
         if running.remaining_ttft_s is None:
             return min(self._patience_s, running.remaining_s)
         request, salt = running.facts(), running.checked.cache_salt
-        cluster = self._view.candidates(request.prompt, salt)
+        cluster = self._view.candidates(request.prompt, salt, request.variant)
         if not cluster.decode:
             return min(self._patience_s, running.remaining_ttft_s)
         soonest = at_least_level(self._policy, request, cluster).prediction.ttft_s
@@ -189,11 +195,11 @@ class Placer:
 
     def _refusal(self, running: RunningRequest, message: str) -> ResourceExhausted:
         request, salt = running.facts(), running.checked.cache_salt
-        cluster = self._view.candidates(request.prompt, salt)
+        cluster = self._view.candidates(request.prompt, salt, request.variant)
         if not cluster.decode:
             return ResourceExhausted(message)
         lowest = at_least_level(self._policy, request, cluster)
-        num_workers = self._view.num_decode
+        num_workers = self._view.num_decode(request.variant)
         wait_s = retry_after_s(lowest, cluster, len(self._queue), num_workers)
         return ResourceExhausted(message, wait_s)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from colm_serve.config import ClusterConfig
 from colm_serve.core import Admitted, Decoded, DecodedToken, FinishReason, Membership, ScoredPrompt
@@ -17,6 +18,7 @@ from colm_serve.errors import (
     InvalidArgument,
     ResourceExhausted,
     Unavailable,
+    UnknownModel,
 )
 from colm_serve.router.admission import Admission
 from colm_serve.router.cluster_status import ClusterStatus, cluster_status
@@ -37,14 +39,11 @@ from colm_serve.router.request import (
     Finished,
     GenerationEvent,
     GenerationRequest,
-    Prompt,
-    TextPrompt,
-    TokenPrompt,
 )
 from colm_serve.router.running import RunningRequest
+from colm_serve.router.served_model import ServedModel
 from colm_serve.router.tenants import ANYBODY, Tenant, Tenants
 from colm_serve.router.tokenizer import Tokenizer
-from colm_serve.router.validation import Validator
 from colm_serve.router.worker_client import WorkerClients
 
 
@@ -56,15 +55,13 @@ class Router:
         config: ClusterConfig,
         model: ModelFacts,
         tokenizer: Tokenizer | None,
+        variants: Sequence[tuple[ModelFacts, Tokenizer | None]] = (),
         *,
         clock: Clock = time.monotonic,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.model = model
         self.view = ClusterView(model.kv_identity, config.decode.page_size)
-        self._validator = Validator(model, tokenizer, config.sla_classes, config.default_sla_class)
-        self._decode_text = None if tokenizer is None else tokenizer.decode
-        self._token_bytes = _unknown if tokenizer is None else tokenizer.token_bytes
         self._clock = clock
         self._meter = DemandMeter(config.sla_classes, model.num_levels, clock())
         self.tenants = Tenants(config.tenants)
@@ -81,15 +78,22 @@ class Router:
         )
         self._metrics = Metrics()
         self._failover = Failover(config, self.view, policy, self._metrics, clock)
-        self._placer = Placer(
+        placed: set[str] = set()
+        make_placer = partial(
+            Placer,
             config,
             self.view,
             policy,
             self._failover,
             self.tenants.all,
+            placed,
             clock=clock,
             patience_s=patience_s,
         )
+        self._served = {
+            facts.name: ServedModel.make(config, facts, its_tokenizer, make_placer())
+            for facts, its_tokenizer in ((model, tokenizer), *variants)
+        }
         self._running: dict[str, RunningRequest] = {}
         is_adaptive = config.router.policy != "fixed_level"
         moves_per_s = config.router.level_moves_per_s if is_adaptive else 0.0
@@ -116,6 +120,7 @@ class Router:
 
         Raises:
             InvalidArgument: a field has a value that is not allowed; nothing was done.
+            UnknownModel: the cluster serves no such model.
             ResourceExhausted: no room in time, here or on any decode worker.
             RateLimited: the tenant has used up one of its limits.
             Unavailable: no decode worker, or too many of them failed.
@@ -124,12 +129,13 @@ class Router:
         lifecycle = Lifecycle(self._clock)
         try:
             with self._admission.admit(tenant) as ticket:
-                running = await self._open(request, tenant, lifecycle)
+                model = self._model_of(request)
+                running = await self._open(request, model, tenant, lifecycle)
                 self._meter.arrived(running.checked.sla_class, self._clock())
                 self._failover.request_came()
                 try:
                     ticket.reserve(len(running.checked.prompt), running.checked.sampling.max_tokens)
-                    async with aclosing(self._serve(running)) as events:
+                    async with aclosing(self._serve(running, model.placer)) as events:
                         async for event in events:
                             self._metrics.event(event, lifecycle)
                             if isinstance(event, Finished):
@@ -141,21 +147,24 @@ class Router:
                         self._metrics.predicted(running.prediction, lifecycle)
                 finally:
                     ticket.num_used = running.num_used_tokens
-                    self._placer.leave(running)
+                    model.placer.leave(running)
                     del self._running[running.request_id]
         except ColmError as error:
             self._metrics.failed(error)
             raise
 
-    def prompt_text(self, prompt: Prompt) -> str:
-        """What a prompt says; empty where token ids stand for no text."""
-        match prompt:
-            case TextPrompt(text):
-                return text
-            case TokenPrompt(token_ids) if self._decode_text is not None:
-                known = [i for i in token_ids if 0 <= i < self.model.vocab_size]
-                return self._decode_text(known)
-        return ""
+    @property
+    def models(self) -> tuple[ModelFacts, ...]:
+        """What is served, the cluster's own model first."""
+        return tuple(served.facts for served in self._served.values())
+
+    def prompt_text(self, request: GenerationRequest) -> str:
+        """What a request's prompt says; empty where token ids stand for no text.
+
+        Raises:
+            UnknownModel: the cluster serves no such model.
+        """
+        return self._model_of(request).prompt_text(request.prompt)
 
     async def set_level(self, request_id: str, level: int, tenant: Tenant = ANYBODY) -> None:
         """Move a running request to another level from its next token on.
@@ -166,7 +175,7 @@ class Router:
         running = self._running.get(request_id)
         if running is None or running.tenant != tenant:
             raise InvalidArgument("request_id", request_id, "the id of a request under way")
-        self._validator.check_level("level", level)
+        self._served[running.model_name].validator.check_level("level", level)
         await running.set_level(level)
         if running.worker is not None:
             self.view.move(request_id, running.worker, level, is_pinned=True)
@@ -185,25 +194,38 @@ class Router:
         return cluster_status(self.model, self.view)
 
     def render_metrics(self) -> bytes:
-        waiting = {t.name: self._placer.num_waiting(t) for t in self.tenants.all}
+        placers = [served.placer for served in self._served.values()]
+        waiting = {t.name: sum(p.num_waiting(t) for p in placers) for t in self.tenants.all}
         return self._metrics.render(self.view, self._admission.num_running, waiting)
 
+    def _model_of(self, request: GenerationRequest) -> ServedModel:
+        name = request.model or self.model.name
+        if name not in self._served:
+            raise UnknownModel("model", name, ", ".join(self._served))
+        return self._served[name]
+
     async def _open(
-        self, request: GenerationRequest, tenant: Tenant, lifecycle: Lifecycle
+        self,
+        request: GenerationRequest,
+        model: ServedModel,
+        tenant: Tenant,
+        lifecycle: Lifecycle,
     ) -> RunningRequest:
-        checked = await self._validator.check(request, tenant.config.sla_classes)
+        checked = await model.validator.check(request, tenant.config.sla_classes)
         request_id = uuid.uuid4().hex
-        detokenizer = Detokenizer(self._decode_text, checked.stop, checked.sampling.min_tokens)
+        detokenizer = Detokenizer(model.decode_text, checked.stop, checked.sampling.min_tokens)
         running = RunningRequest(
-            request_id, checked, self.model, detokenizer, self._token_bytes, lifecycle, tenant
+            request_id, checked, model.facts, detokenizer, model.token_bytes, lifecycle, tenant
         )
         self._running[request_id] = running
         return running
 
-    async def _serve(self, running: RunningRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def _serve(
+        self, running: RunningRequest, placer: Placer
+    ) -> AsyncGenerator[GenerationEvent, None]:
         """Attempts, one after another, until one comes to the end."""
         while (reason := running.reason_to_end()) is None:
-            placement = await self._place(running)
+            placement = await self._place(running, placer)
             try:
                 async with aclosing(self._attempt(running, placement)) as events:
                     async for event in events:
@@ -256,14 +278,14 @@ class Router:
             self.view.cached(placement.decode, running.tokens[:-1], request.cache_salt)
             self.view.release(running.request_id, placement)
 
-    async def _place(self, running: RunningRequest) -> Placement:
+    async def _place(self, running: RunningRequest, placer: Placer) -> Placement:
         """Where to go next.
 
         A client that has had tokens is owed the rest: its request stands in no line, and waits
         until its deadline.
         """
         if not running.is_resuming:
-            return await self._placer.place(running)
+            return await placer.place(running)
         patience_s = running.remaining_s
         trouble: ColmError | None = None
         try:
@@ -278,8 +300,3 @@ class Router:
                     running.refused_by = frozenset()
         except TimeoutError as error:
             raise DeadlineExceeded(f"{trouble}; waited {patience_s:.1f} s") from error
-
-
-def _unknown(token_id: int) -> bytes:
-    """The bytes of a token where there is no tokenizer."""
-    return b""

@@ -69,6 +69,10 @@ class RunningRequest:
         self._num_scored_by_call = 0
 
     @property
+    def model_name(self) -> str:
+        return self._model.name
+
+    @property
     def is_resuming(self) -> bool:
         """Whether the client has had tokens, so that the rest are owed to it."""
         return bool(self._output)
@@ -112,6 +116,7 @@ class RunningRequest:
             own_targets=self.checked.own_targets,
             refused_by=self.refused_by,
             failed_at=self.failed_at,
+            variant=self._model.variant,
         )
 
     @property
@@ -155,6 +160,7 @@ class RunningRequest:
             num_resumed_tokens=len(self._output),
             cache_salt=self.checked.cache_salt,
             ttft_s=self.remaining_ttft_s,
+            variant=self._model.variant,
         )
         work = Work(
             level=placement.level,

@@ -28,16 +28,23 @@ from colm_serve.transport.health import add_health
 
 
 def load_router(config: ClusterConfig) -> Router:
-    """A router for the model folder that the config names; no weights are loaded.
+    """A router for the model folders that the config names; no weights are loaded.
 
     Raises:
-        CheckpointError: the folder cannot be read.
-        InvalidConfig: an SLA class asks for a level that the model does not have.
+        CheckpointError: a folder cannot be read.
+        InvalidConfig: an SLA class asks for a level that a model does not have.
     """
-    model = ModelFacts.of(
-        config.served_name, ColmConfig.load(config.model), kv_identity(config.model)
-    )
-    return Router(config, model, Tokenizer.load(config.model))
+    names = {"": config.served_name, **{name: name for name in config.variants}}
+    model, *variants = (_read_model(config, variant, name) for variant, name in names.items())
+    return Router(config, *model, variants)
+
+
+def _read_model(
+    config: ClusterConfig, variant: str, name: str
+) -> tuple[ModelFacts, Tokenizer | None]:
+    folder = config.folder_of(variant)
+    facts = ModelFacts.of(name, ColmConfig.load(folder), kv_identity(folder), variant)
+    return facts, Tokenizer.load(folder)
 
 
 class RouterService:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from colm_serve.config import MAX_S, SlaClass
 from colm_serve.core import MAX_SEED, SamplingParams
-from colm_serve.errors import InvalidArgument, InvalidConfig, UnknownModel
+from colm_serve.errors import InvalidArgument, InvalidConfig
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.request import (
     ChatMessage,
@@ -81,9 +81,7 @@ class Validator:
 
         Raises:
             InvalidArgument: names the field, its value and what is allowed.
-            UnknownModel: another model than the one served.
         """
-        self._check_model(request.model)
         sla_class = self._sla_class(request.sla_class, sla_classes)
         sla = self._sla_classes[sla_class]
         min_level, max_level = self._levels(request, sla)
@@ -118,10 +116,6 @@ class Validator:
         """Raise InvalidArgument unless the model has the level."""
         if not 1 <= level <= self._model.num_levels:
             raise InvalidArgument(field, level, f"1 to {self._model.num_levels}")
-
-    def _check_model(self, name: str) -> None:
-        if name not in ("", self._model.name):
-            raise UnknownModel("model", name, self._model.name)
 
     def _sla_class(self, name: str | None, own: Sequence[str]) -> str:
         if name is None:

@@ -149,6 +149,7 @@ def decode_service(
     *,
     before_block: Callable[[], object] | None = None,
     grace_s: float = 2.0,
+    variant: str = "",
     **changes: object,
 ) -> Iterator[tuple[DecodeService, DecodeWorker]]:
     """A real decode worker on a free port, in this process."""
@@ -161,7 +162,7 @@ def decode_service(
     }
     config = DecodeConfig.model_validate({**base, **changes})
     loaded = load_for_serving(folder, num_chains=None, with_head=True)
-    worker = DecodeWorker(loaded, config, f"decode-{epoch}", epoch)
+    worker = DecodeWorker(loaded, config, f"decode-{epoch}", epoch, variant)
     if before_block is not None:
         before_each_block(loaded.model, before_block)
     service = DecodeService(worker, config)

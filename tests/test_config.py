@@ -59,6 +59,13 @@ def test_the_model_path_counts_from_the_files_folder(
     assert load(tmp_path, "model: /srv/m").model == Path("/srv/m")
 
 
+def test_variants_paths_count_from_the_files_folder(tmp_path: Path) -> None:
+    config = load(tmp_path, "model: m\nvariants: {chat: tuned/chat, code: /srv/code}")
+    assert config.variants == {"chat": tmp_path / "tuned" / "chat", "code": Path("/srv/code")}
+    folders = [config.folder_of(name) for name in ("", "chat", "code")]
+    assert folders == [tmp_path / "m", tmp_path / "tuned" / "chat", Path("/srv/code")]
+
+
 def test_the_pattern_files_path_counts_from_the_files_folder(tmp_path: Path) -> None:
     sparse = "{selector: minference, pattern_file: patterns.json}"
     config = load(tmp_path, f"model: m\nprefill: {{sparse: {sparse}}}")
@@ -75,6 +82,13 @@ def test_a_model_is_named_by_its_folder_unless_told_otherwise(tmp_path: Path) ->
     ("text", "key", "says"),
     [
         ("model: m\nprefil: {}", "prefil", "Extra inputs are not permitted"),
+        ("model: m\nvariants: {m: x}", "variants", "'m' is.*another than the model's own, m"),
+        ("model: m\nvariants: {'': x}", "variants", "'' is not allowed"),
+        (
+            "model: m\nvariants: {a: x}\nplanner: {enabled: true, max_decode: 2}",
+            "planner.enabled",
+            "True is not allowed; allowed: false where there are variants",
+        ),
         ("model: m\ndecode: {max_row: 3}", "decode.max_row", "Extra inputs are not permitted"),
         ("model: m\ndecode: {max_rows: 0}", "decode.max_rows", "0 is not allowed.*or equal to 1"),
         ("model: m\ndecode: {max_rows: many}", "decode.max_rows", "'many' is not allowed.*integer"),

@@ -217,7 +217,9 @@ class Fleet:
         await self._publish()
 
     def _arguments(self, slot: Slot) -> tuple[Any, ...]:
-        if slot.role is not Role.ROUTER:
+        if slot.role is Role.DECODE:
+            return (self._config, slot.worker_id, slot.variant)
+        if slot.role is Role.PREFILL:
             return (self._config, slot.worker_id)
         if self._addresses is None:
             return (self._config,)

@@ -35,6 +35,7 @@ class Slot:
     num_cpus: float
     num_gpus: float
     num_threads: int
+    variant: str = ""  # whose upper chains a decode worker holds
 
     @property
     def worker_id(self) -> str:
@@ -68,8 +69,9 @@ def _slots(config: ClusterConfig) -> Iterator[Slot]:
     yield Slot(Role.ROUTER, 0, 0, num_cpus=1.0, num_gpus=0.0, num_threads=1)
     bundle = 1
     for role, room in _rooms(config).items():
-        for index in range(room.count):
-            yield Slot(role, index, bundle, room.num_cpus, room.num_gpus, room.num_threads)
+        variants = ("", *config.variants) if role is Role.DECODE else ("",)
+        for index, variant in enumerate(v for v in variants for _ in range(room.count)):
+            yield Slot(role, index, bundle, room.num_cpus, room.num_gpus, room.num_threads, variant)
             bundle += 1
 
 

@@ -1,4 +1,6 @@
-"""Prefill workers decode at level 1 while no decode worker is there: when they begin and end."""
+"""Prefill workers decode at level 1 while no decode worker is there: when they begin and end.
+
+No worker of one variant of the model is none: another variant's cannot stand in for it."""
 
 from __future__ import annotations
 
@@ -36,10 +38,15 @@ class Standbys:
                 async with asyncio.timeout(interval_s):
                     await self._fleet.changed.wait()
             self._fleet.changed.clear()
-            has_decode = any(map(self._fleet.has_member, self._fleet.slots(Role.DECODE)))
-            act = self._retire if has_decode else self._start
+            act = self._retire if self._has_decode() else self._start
             slots = filter(self._fleet.has_member, self._fleet.slots(Role.PREFILL))
             await asyncio.gather(*(self._try(act, slot) for slot in slots))
+
+    def _has_decode(self) -> bool:
+        """Whether every variant of the model has a decode worker."""
+        slots = self._fleet.slots(Role.DECODE)
+        served = {slot.variant for slot in slots if self._fleet.has_member(slot)}
+        return served >= {"", *(slot.variant for slot in slots)}
 
     async def _try(self, act: Callable[[Slot], Awaitable[None]], slot: Slot) -> None:
         try:

@@ -102,6 +102,20 @@ def check_folder(folder: Path) -> ColmConfig:
     return config
 
 
+def check_variant(folder: Path, base: Path) -> None:
+    """Check that a model has the first chain of another, so that they can share keys and values.
+
+    Raises:
+        CheckpointError, InvalidConfig: it has not, or as `check_folder`.
+    """
+    check_folder(folder)
+    if kv_identity(folder) != kv_identity(base):
+        raise CheckpointError(
+            f"{folder}: its keys and values are not those of {base}: a variant shares chain 1's "
+            "file and sizes, as `colm expand` and tuning with frozen chains keep them"
+        )
+
+
 def _kv_identity(config: ColmConfig, chain_1_digest: str) -> str:
     raw = config.to_dict()
     relevant = {key: raw[key] for key in _KV_KEYS}

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from colm_serve.errors import ColmError, InvalidArgument, Unavailable
 from colm_serve.router.metrics import CONTENT_TYPE
+from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.openai.bodies import ChatBody, CompletionBody, read_body
 from colm_serve.router.openai.choices import choices
 from colm_serve.router.openai.errors import describe, error_body, respond
@@ -53,16 +54,7 @@ def make_app(router: Router) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         router.tenants.authenticate(request.headers.get("authorization"))
-        model = router.model
-        entry = {
-            "id": model.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "colm-serve",
-            "max_model_len": model.max_context,
-            "num_levels": model.num_levels,
-        }
-        return {"object": "list", "data": [entry]}
+        return {"object": "list", "data": [_describe_model(model) for model in router.models]}
 
     @app.get("/health")
     async def health() -> Response:
@@ -77,13 +69,24 @@ def make_app(router: Router) -> FastAPI:
     return app
 
 
+def _describe_model(model: ModelFacts) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "colm-serve",
+        "max_model_len": model.max_context,
+        "num_levels": model.num_levels,
+    }
+
+
 async def _generate(
     router: Router, request: Request, kind: type[CompletionBody] | type[ChatBody], style: Format
 ) -> Response:
     tenant = router.tenants.authenticate(request.headers.get("authorization"))
     body = read_body(kind, await _read(request))
     requests, num_choices = body.requests(), body.num_choices
-    echoes = [router.prompt_text(r.prompt) for r in requests] if body.is_echoed else None
+    echoes = [router.prompt_text(r) for r in requests] if body.is_echoed else None
     answer = Answer(style, int(time.time()), len(requests), num_choices, echoes)
     generate = partial(router.generate, tenant=tenant)
     streams = chain.from_iterable(choices(generate, r, num_choices) for r in requests)

@@ -12,10 +12,10 @@ def decide(policy: Policy, view: ClusterView, request: RequestFacts, cache_salt:
 
     Raises as `Policy` does, and only for what holds of every worker.
     """
-    candidates = view.candidates(request.prompt, cache_salt)
+    candidates = view.candidates(request.prompt, cache_salt, request.variant)
     try:
         return policy(request, candidates)
     except (Unavailable, ResourceExhausted, InvalidArgument):
-        if len(candidates.decode) == view.num_decode:
+        if len(candidates.decode) == view.num_decode(request.variant):
             raise
-    return policy(request, view.roomiest(request.prompt, cache_salt))
+    return policy(request, view.roomiest(request.prompt, cache_salt, request.variant))

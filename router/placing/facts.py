@@ -15,7 +15,8 @@ class RequestFacts:
 
     `refused_by` had no room for it a moment ago; at `failed_at` it broke off, so that these
     come last. One that `is_begun` has been at a worker, and is served late rather than not at all.
-    `own_targets` are those that the request itself names, rather than its class.
+    `own_targets` are those that the request itself names, rather than its class. Only workers of
+    its `variant` can decode it.
     """
 
     prompt: tuple[int, ...]
@@ -30,6 +31,7 @@ class RequestFacts:
     own_targets: frozenset[str] = frozenset()
     refused_by: frozenset[Member] = frozenset()
     failed_at: frozenset[Member] = frozenset()
+    variant: str = ""
 
     @property
     def num_tokens(self) -> int:

@@ -59,3 +59,15 @@ def test_ray_is_given_places_enough_for_any_plan(
     assert [s.worker_id for s in slots_of(config)] == [
         "router-0", "prefill-0", "prefill-1", "decode-0",
     ]  # fmt: skip
+
+
+def test_each_variant_has_decode_workers_of_its_own() -> None:
+    config = ClusterConfig.model_validate(
+        {"model": "m", "decode": {"count": 2}, "variants": {"chat": "a", "code": "b"}}
+    )
+    slots = {slot.worker_id: slot.variant for slot in slots_of(config)}
+    assert slots == {
+        "router-0": "", "prefill-0": "", "decode-0": "", "decode-1": "",
+        "decode-2": "chat", "decode-3": "chat", "decode-4": "code", "decode-5": "code",
+    }  # fmt: skip
+    assert max_cpus(config) == 8

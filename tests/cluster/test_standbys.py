@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -29,17 +30,18 @@ class PlainFleet:
         self.log: list[str] = []
         self.num_requests = 0
         self.broken: Slot | None = None
-        self._has_decode = True
+        self.decode = [DECODE]
+        self._without_worker: Slot | None = None
 
-    def set_decode(self, *, is_there: bool) -> None:
-        self._has_decode = is_there
+    def set_decode(self, *, is_there: bool, slot: Slot = DECODE) -> None:
+        self._without_worker = None if is_there else slot
         self.changed.set()
 
     def slots(self, role: Role) -> list[Slot]:
-        return PREFILL if role is Role.PREFILL else [DECODE]
+        return PREFILL if role is Role.PREFILL else self.decode
 
     def has_member(self, slot: Slot) -> bool:
-        return slot is not DECODE or self._has_decode
+        return slot is not self._without_worker
 
     async def start_standby(self, slot: Slot) -> None:
         if slot is self.broken:
@@ -93,6 +95,18 @@ async def test_they_begin_when_no_decode_worker_is_left_and_end_when_idle() -> N
         assert len(fleet.standbys) == 2, "they have texts to finish"
         fleet.num_requests = 0
         await fleet.until("stop prefill-0", "stop prefill-1")
+
+
+async def test_a_variant_without_a_decode_worker_needs_them_too() -> None:
+    fleet = PlainFleet()
+    chat = replace(DECODE, index=1, variant="chat")
+    fleet.decode = [DECODE, replace(DECODE, index=2), chat]
+    async with kept(fleet):
+        fleet.set_decode(is_there=False)
+        await asyncio.sleep(0.005)
+        assert fleet.log == [], "the model has another"
+        fleet.set_decode(is_there=False, slot=chat)
+        await fleet.until("start prefill-0", "start prefill-1")
 
 
 async def test_texts_are_not_waited_for_longer_than_they_may_take() -> None:

@@ -59,7 +59,7 @@ async def test_however_many_workers_only_so_many_are_asked_in_a_second(num_worke
         await clock.wake_next(num_workers)
         asked_at += [clock.now] * (clients.num_asked - len(asked_at))
     await poller.stop()
-    assert view.num_decode == num_workers
+    assert view.num_decode() == num_workers
     late = [at for at in asked_at if at > 10]
     assert len(late) == pytest.approx(10 * min(num_workers / 0.5, MAX_POLLS_PER_S), rel=0.1)
     busiest = max(sum(at <= other < at + 0.1 for other in late) for at in late[::50])

@@ -12,6 +12,7 @@ import pytest
 from colm_serve.client import Finished, GenerationEvent, Started, Token
 from colm_serve.config import SlaClass
 from colm_serve.core import FinishReason
+from colm_serve.router.request import GenerationRequest, TokenPrompt
 from tests.router.cluster import MODEL, ScriptedCluster, scripted_cluster, until_closed
 from tests.router.scripted import Script, continuation, decode_status
 
@@ -63,8 +64,8 @@ async def test_events_carry_the_text(tmp_path: Path) -> None:
     async with scripted_cluster(tmp_path) as cluster:
         events = await generate(cluster, token_ids=PROMPT, max_tokens=40, seed=3)
         text = "".join(e.text for e in events if isinstance(e, Token | Finished))
-        assert cluster.router._decode_text is not None
-        assert text == cluster.router._decode_text(token_ids(events))
+        said = GenerationRequest(TokenPrompt(tuple(token_ids(events))))
+        assert text == cluster.router.prompt_text(said)
 
 
 @pytest.mark.parametrize(

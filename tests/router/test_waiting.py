@@ -14,7 +14,7 @@ import pytest
 from colm_serve.client import AsyncClient, GenerationEvent, Token
 from colm_serve.config import RouterConfig, SlaClass, TenantConfig
 from colm_serve.errors import ResourceExhausted
-from tests.router.cluster import ScriptedCluster, scripted_cluster
+from tests.router.cluster import MODEL, ScriptedCluster, scripted_cluster
 from tests.router.scripted import Script, decode_status
 
 PROMPT = (10, 11, 12)
@@ -44,7 +44,7 @@ async def full_cluster(folder: Path, **options: Any) -> AsyncIterator[ScriptedCl
 
 async def until_waiting(cluster: ScriptedCluster, number: int) -> None:
     def num_waiting() -> int:
-        placer = cluster.router._placer
+        placer = cluster.router._served[MODEL].placer
         return sum(placer.num_waiting(tenant) for tenant in cluster.router.tenants.all)
 
     async with asyncio.timeout(5):

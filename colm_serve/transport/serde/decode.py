@@ -42,6 +42,7 @@ def decode_start_to_proto(request: DecodeRequest) -> decode_pb2.DecodeControl:
         num_resumed_tokens=request.num_resumed_tokens,
         cache_salt=request.cache_salt,
         ttft_s=request.ttft_s,
+        variant=request.variant,
     )
     return decode_pb2.DecodeControl(start=start)
 
@@ -68,6 +69,7 @@ def decode_start_from_proto(message: decode_pb2.DecodeControl) -> DecodeRequest:
         num_resumed_tokens=start.num_resumed_tokens,
         cache_salt=start.cache_salt,
         ttft_s=start.ttft_s if start.HasField("ttft_s") else None,
+        variant=start.variant,
     )
 
 

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from colm_serve.config import RouterConfig
+from colm_serve.router.request import GenerationRequest, TokenPrompt
 from tests.router.cluster import (
     MODEL,
     ScriptedCluster,
@@ -33,8 +34,7 @@ def openai_client(cluster: ScriptedCluster) -> openai.AsyncOpenAI:
 
 
 def text_of(cluster: ScriptedCluster, tokens: list[int]) -> str:
-    assert cluster.router._decode_text is not None
-    return cluster.router._decode_text(tokens)
+    return cluster.router.prompt_text(GenerationRequest(TokenPrompt(tuple(tokens))))
 
 
 async def stream(cluster: ScriptedCluster, path: str, body: dict[str, Any]) -> list[Any]:

@@ -15,7 +15,7 @@ class DecodeControl(_message.Message):
     def __init__(self, start: _Optional[_Union[DecodeStart, _Mapping]] = ..., move_level: _Optional[_Union[MoveLevel, _Mapping]] = ...) -> None: ...
 
 class DecodeStart(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_peers", "kv_identity", "num_resumed_tokens", "cache_salt", "ttft_s")
+    __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_peers", "kv_identity", "num_resumed_tokens", "cache_salt", "ttft_s", "variant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class DecodeStart(_message.Message):
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     level: int
@@ -34,7 +35,8 @@ class DecodeStart(_message.Message):
     num_resumed_tokens: int
     cache_salt: str
     ttft_s: float
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., level: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefill_peers: _Optional[_Iterable[_Union[PrefillPeer, _Mapping]]] = ..., kv_identity: _Optional[str] = ..., num_resumed_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., ttft_s: _Optional[float] = ...) -> None: ...
+    variant: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., level: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., prefill_peers: _Optional[_Iterable[_Union[PrefillPeer, _Mapping]]] = ..., kv_identity: _Optional[str] = ..., num_resumed_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., ttft_s: _Optional[float] = ..., variant: _Optional[str] = ...) -> None: ...
 
 class PrefillPeer(_message.Message):
     __slots__ = ("address", "epoch")
