@@ -116,7 +116,7 @@ def accuracy(
     test_images, test_classes = digits.test
     with torch.no_grad():
         hits = model(test_images).argmax(1) == test_classes
-    return 100 * hits.float().mean().item()
+    return 100 * float(hits.float().mean())
 
 
 def main() -> None:

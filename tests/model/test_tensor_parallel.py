@@ -39,7 +39,7 @@ def share(config: ColmConfig) -> ColmConfig:
 
 def take(width: int, num_repeats: int, rank: int) -> Tensor:
     """A process's part of a chain's `width` columns, which repeat a pattern so many times."""
-    columns = torch.arange(width).unflatten(0, (num_repeats, NUM_PROCESSES, -1))
+    columns = torch.arange(width).reshape(num_repeats, NUM_PROCESSES, -1)
     return columns[:, rank].flatten()
 
 
