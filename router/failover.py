@@ -119,7 +119,9 @@ class Failover:
         """The policy, without the workers whose circuits are open."""
         now = self._clock()
         allowed = tuple(s for s in cluster.decode if self._breakers.allows(s.member, now))
-        return self._policy(request, replace(cluster, decode=allowed))
+        if len(allowed) < len(cluster.decode):
+            cluster = replace(cluster, decode=allowed)
+        return self._policy(request, cluster)
 
     def _decide_standby(self, running: RunningRequest) -> Placement:
         request = running.facts_at_level_1()

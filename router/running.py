@@ -14,6 +14,7 @@ from colm_serve.core import (
     Logprobs,
     Member,
     PrefillPeer,
+    SamplingParams,
     ScoredPrompt,
     StageTimings,
     TokenLogprob,
@@ -142,19 +143,11 @@ class RunningRequest:
         self._num_scored_by_call = 0
         self.lifecycle.reach(Stage.PLACED)
         prompt, max_tokens = self.tokens, self._max_tokens
-        sampling = self.checked.sampling
-        is_scored = self._num_scored == len(self.checked.prompt)
         request = DecodeRequest(
             request_id=self.request_id,
             prompt=prompt,
             level=placement.level,
-            # Draws are keyed by (seed, position), so they continue where they were.
-            sampling=replace(
-                sampling,
-                max_tokens=max_tokens,
-                min_tokens=max(0, sampling.min_tokens - len(self._output)),
-                prompt_logprobs=None if is_scored else sampling.prompt_logprobs,
-            ),
+            sampling=self._sampling_left(),
             prefill_peers=tuple(PrefillPeer(m.address, m.epoch) for m in placement.prefill),
             kv_identity=self._model.kv_identity,
             num_resumed_tokens=len(self._output),
@@ -170,6 +163,19 @@ class RunningRequest:
             min_level=placement.level if self._is_level_set else self.checked.min_level,
         )
         return request, work
+
+    def _sampling_left(self) -> SamplingParams:
+        """How to go on: draws are keyed by (seed, position), so they continue where they were."""
+        sampling = self.checked.sampling
+        if not self.is_resuming and not self._num_scored:
+            return sampling
+        is_scored = self._num_scored == len(self.checked.prompt)
+        return replace(
+            sampling,
+            max_tokens=self._max_tokens,
+            min_tokens=max(0, sampling.min_tokens - len(self._output)),
+            prompt_logprobs=None if is_scored else sampling.prompt_logprobs,
+        )
 
     @property
     def worker(self) -> Member | None:

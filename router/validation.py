@@ -230,7 +230,7 @@ def _with_own_targets(request: GenerationRequest, sla: SlaClass) -> SlaClass:
         # Written so that NaN fails too.
         if not 0 < value <= _TARGETS[field]:
             raise InvalidArgument(field, value, f"above 0, to {_TARGETS[field]:.0f}")
-    return sla.model_copy(update=given)
+    return sla.model_copy(update=given) if given else sla
 
 
 def _check_roles(messages: tuple[ChatMessage, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -33,7 +33,7 @@ class WorkerClients:
 
     def __init__(self, tls: TlsConfig | None) -> None:
         self._tls = tls
-        self._channels: dict[Member, grpc.aio.Channel] = {}
+        self._connections: dict[Member, _Connection] = {}
 
     async def status(self, member: Member, timeout_s: float) -> DecodeStatus | PrefillStatus:
         """Ask a worker how it is.
@@ -41,15 +41,14 @@ class WorkerClients:
         Raises:
             ColmError: it did not answer, or not in time.
         """
-        channel = self._channel(member)
+        connection = self._connection(member)
         try:
             if member.kind is WorkerKind.DECODE:
-                decode: Any = decode_pb2_grpc.DecodeServiceStub(channel)
                 request = decode_pb2.DecodeStatusRequest()
                 return serde.decode_status_from_proto(
-                    await decode.GetStatus(request, timeout=timeout_s)
+                    await connection.decode.GetStatus(request, timeout=timeout_s)
                 )
-            prefill: Any = prefill_pb2_grpc.PrefillServiceStub(channel)
+            prefill: Any = prefill_pb2_grpc.PrefillServiceStub(connection.channel)
             return serde.prefill_status_from_proto(
                 await prefill.GetStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
             )
@@ -57,24 +56,33 @@ class WorkerClients:
             raise from_rpc_error(error) from error
 
     def decode(self, member: Member, timeout_s: float) -> DecodeCall:
-        """Open a Decode stream; it begins with `DecodeCall.start`."""
-        stub: Any = decode_pb2_grpc.DecodeServiceStub(self._channel(member))
-        return DecodeCall(stub.Decode(timeout=timeout_s), member)
+        """Open a Decode stream; it begins with `DecodeCall.events`."""
+        return DecodeCall(self._connection(member).decode.Decode(timeout=timeout_s), member)
 
     async def close(self, member: Member) -> None:
         """Close a worker's channel; calls under way there fail with Unavailable."""
-        channel = self._channels.pop(member, None)
-        if channel is not None:
-            await channel.close()
+        connection = self._connections.pop(member, None)
+        if connection is not None:
+            await connection.channel.close()
 
     async def close_all(self) -> None:
-        for member in tuple(self._channels):
+        for member in tuple(self._connections):
             await self.close(member)
 
-    def _channel(self, member: Member) -> grpc.aio.Channel:
-        if member not in self._channels:
-            self._channels[member] = connect(member.address, self._tls)
-        return self._channels[member]
+    def _connection(self, member: Member) -> _Connection:
+        connection = self._connections.get(member)
+        if connection is None:
+            channel = connect(member.address, self._tls)
+            connection = _Connection(channel, decode_pb2_grpc.DecodeServiceStub(channel))
+            self._connections[member] = connection
+        return connection
+
+
+class _Connection(NamedTuple):
+    """A channel, and what calls a decode worker through it: a stub takes long to make."""
+
+    channel: grpc.aio.Channel
+    decode: Any
 
 
 class DecodeCall:
@@ -92,11 +100,20 @@ class DecodeCall:
             ColmError: what the worker or the connection failed with.
         """
         await self._write(serde.decode_start_to_proto(request))
-        while (message := await self._read()) is not None:
-            try:
-                yield serde.decode_event_from_proto(message)
-            except (InvalidArgument, KeyError) as error:
-                raise DataLoss(f"{self._member.worker_id}: unreadable event: {error}") from error
+        first = await self._read()
+        if first is None:
+            return
+        # The first token may come while its client hears of the admission.
+        reading = asyncio.create_task(self._read())
+        reading.add_done_callback(_note_failure)
+        try:
+            yield self._event(first)
+            message = await reading
+            while message is not None:
+                yield self._event(message)
+                message = await self._read()
+        finally:
+            reading.cancel()
 
     async def move_level(self, level: int) -> None:
         """Ask for another level; without effect when the request has ended."""
@@ -104,6 +121,12 @@ class DecodeCall:
 
     def cancel(self) -> None:
         self._call.cancel()
+
+    def _event(self, message: decode_pb2.DecodeEvent) -> DecodeEvent:
+        try:
+            return serde.decode_event_from_proto(message)
+        except (InvalidArgument, KeyError) as error:
+            raise DataLoss(f"{self._member.worker_id}: unreadable event: {error}") from error
 
     async def _read(self) -> decode_pb2.DecodeEvent | None:
         try:
@@ -122,6 +145,12 @@ class DecodeCall:
                 return  # The call has ended; reading tells why.
             except asyncio.CancelledError as error:
                 raise _why_cancelled(error, self._member) from error
+
+
+def _note_failure(reading: asyncio.Task[decode_pb2.DecodeEvent | None]) -> None:
+    """Nobody may be left to hear of it, which asyncio would complain of."""
+    if not reading.cancelled():
+        reading.exception()
 
 
 def _why_cancelled(error: asyncio.CancelledError, member: Member) -> BaseException:

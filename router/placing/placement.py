@@ -106,6 +106,8 @@ class WorkerGroup(Generic[State]):
         Else those that have most of the prompt, the least loaded, and random others, so that
         several routers whose news is equally old do not all choose the same.
         """
+        if not self._states:
+            return ()
         matches = self._index.matches(hashes, MAX_ALL)
         if len(self) <= MAX_ALL:
             chosen = self._load.least(MAX_ALL)
