@@ -186,6 +186,29 @@ async def test_stop_strings(tmp_path: Path) -> None:
         assert text == "def add(first, "
 
 
+@pytest.mark.parametrize("own", [{}, {"level": 2}])
+async def test_a_model_s_name_may_say_the_level(tmp_path: Path, own: dict[str, int]) -> None:
+    body = {"model": f"{MODEL}:level-2", "max_tokens": 4, **own}
+    async with scripted_cluster(tmp_path) as cluster:
+        for path, prompt in (
+            (COMPLETION, {"prompt": PROMPT}),
+            (CHAT, {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            reply = (await cluster.http.post(path, json={**body, **prompt})).json()
+            assert reply["choices"][0]["level"] == [2] * 4
+            assert reply["model"] == MODEL
+
+
+@pytest.mark.parametrize(
+    "name", ["another:level-2", f"{MODEL}:level-0", f"{MODEL}:level-", MODEL[1:]]
+)
+async def test_another_model_is_not_found(tmp_path: Path, name: str) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        response = await cluster.http.post(COMPLETION, json={"prompt": PROMPT, "model": name})
+    assert response.status_code == 404
+    assert response.json()["error"]["param"] == "model"
+
+
 async def test_models_health_and_metrics(tmp_path: Path) -> None:
     async with scripted_cluster(tmp_path) as cluster:
         async with openai_client(cluster) as client:
@@ -252,6 +275,9 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETION, {"prompt": "x", "deadline_s": 1e6}, "deadline_s"),
     (COMPLETION, {"prompt": "x", "level": 0}, "level"),
     (COMPLETION, {"prompt": "x", "level": 4}, "level"),
+    (COMPLETION, {"prompt": "x", "model": f"{MODEL}:level-4"}, "level"),
+    (COMPLETION, {"prompt": "x", "model": f"{MODEL}:level-2", "level": 1}, "level"),
+    (COMPLETION, {"prompt": "x", "model": f"{MODEL}:level-2", "min_level": 1}, "level"),
     (COMPLETION, {"prompt": "x", "level": 2, "min_level": 1}, "level"),
     (COMPLETION, {"prompt": "x", "min_level": 3, "max_level": 2}, "min_level"),
     (COMPLETION, {"prompt": "x", "n": 0}, "n"),
