@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from colm_serve.convert.new_model import new_model_folder
 from colm_serve.convert.tensor_file import Report, TensorSpec, write_tensor_file
 from colm_serve.convert.tokenizer_files import copy_tokenizer
 from colm_serve.errors import CheckpointError
-from colm_serve.model.checkpoint import chain_path, read_chain
+from colm_serve.model.checkpoint import chain_path, check_chain, read_tensor
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.head_order import stored_order
 
@@ -38,28 +39,26 @@ def export_llama(source: Path, out: Path, report: Report | None = None) -> ColmC
     whole = ColmConfig.load(source)
     config = level_1(whole)
     _check_is_llama(source, config)
-    tensors = read_chain(source, 1)
-    stored_names = _match_tensors(chain_path(source, 1), tensors, config)
+    stored = partial(read_tensor, source, 1)
+    specs = {name: TensorSpec.of(stored(name)) for name in check_chain(source, 1)}
+    stored_names = _match_tensors(chain_path(source, 1), specs, config)
 
     def read(name: str) -> Tensor:
-        stored = stored_names[name]
+        tensor = stored(stored_names[name])
         if whole.kv_repeat == "tile":
-            return stored_order(stored, config, 1, tensors[stored])
-        return tensors[stored]
+            return stored_order(stored_names[name], config, 1, tensor)
+        return tensor
 
     with new_model_folder(out) as folder:
         write_tensor_file(
             folder / SINGLE_FILE,
-            {
-                name: TensorSpec(tensors[stored].dtype, tuple(tensors[stored].shape))
-                for name, stored in stored_names.items()
-            },
+            {name: specs[stored_name] for name, stored_name in stored_names.items()},
             read,
             lambda digest: {"format": "pt"},
             report,
         )
         copy_tokenizer(source, folder)
-        dtype = str(tensors["embedding.weight"].dtype).removeprefix("torch.")
+        dtype = str(specs["embedding.weight"].dtype).removeprefix("torch.")
         write_json(folder / CONFIG_FILE, hf_config(config, dtype))
     return config
 
@@ -89,10 +88,10 @@ def _check_is_llama(source: Path, config: ColmConfig) -> None:
         )
 
 
-def _match_tensors(path: Path, tensors: dict[str, Tensor], config: ColmConfig) -> dict[str, str]:
+def _match_tensors(path: Path, specs: dict[str, TensorSpec], config: ColmConfig) -> dict[str, str]:
     """The stored name of each of the LLaMA's tensors."""
     expected = {tensor.stored: tensor.shape for tensor in llama_tensors(config)}
-    found = {stored: tuple(tensor.shape) for stored, tensor in tensors.items()}
+    found = {stored: spec.shape for stored, spec in specs.items()}
     for stored in sorted(found.keys() | expected.keys()):
         if found.get(stored) != expected.get(stored):
             raise CheckpointError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +17,49 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class HfCheckpoint:
-    """Names and shapes of all tensors, and their content one by one; see `open_checkpoint`.
+    """Names and shapes of all tensors, and their content one by one.
 
     Attributes:
         specs: the tensors that are there.
-    """
-
-    def __init__(self, files: Mapping[str, tuple[Path, Any]]) -> None:
-        self._files = files
-        self.specs = {name: self._spec(name) for name in files}
-
-    def path_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._files[name][0]
-
-    def read(self, name: str) -> Tensor:
-        """A tensor as it is stored; mapped from its file, so it takes no memory until changed."""
-        tensor: Tensor = self._files[name][1].get_tensor(name)
-        return tensor
-
-    def _spec(self, name: str) -> TensorSpec:
-        path, file = self._files[name]
-        entry = file.get_slice(name)
-        dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
-        if dtype not in DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}"
-            )
-        return TensorSpec(DTYPES[dtype], shape)
-
-
-@contextmanager
-def open_checkpoint(folder: Path) -> Iterator[HfCheckpoint]:
-    """Open a folder's safetensors files; only their headers are read.
 
     Raises:
-        CheckpointError: there are none, one is missing, truncated or damaged, or the index names
-            a tensor that its file does not have.
+        CheckpointError: the folder has no safetensors, one is missing, truncated or damaged, or
+            lacks a tensor that the index says it has; or a tensor is not of floats.
     """
-    with ExitStack() as stack:
-        files: dict[str, tuple[Path, Any]] = {}
+
+    def __init__(self, folder: Path) -> None:
+        self.specs: dict[str, TensorSpec] = {}
+        self._paths: dict[str, Path] = {}
         for path, indexed in _tensor_files(folder).items():
-            file = stack.enter_context(_open(path))
-            found = set(file.keys())
-            if missing := sorted(indexed - found):
+            with _open(path) as file:
+                specs = {name: _spec(path, name, file) for name in file.keys()}  # noqa: SIM118
+            if missing := sorted(indexed - specs.keys()):
                 raise CheckpointError(
                     f"{path}: tensor {missing[0]} is missing; {INDEX_FILE} says it is here"
                 )
-            files |= dict.fromkeys(found, (path, file))
-        yield HfCheckpoint(files)
+            self.specs |= specs
+            self._paths |= dict.fromkeys(specs, path)
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._paths[name]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored, mapped from its file."""
+        # What has been read stays mapped for as long as its file is open.
+        with _open(self._paths[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _spec(path: Path, name: str, file: Any) -> TensorSpec:
+    entry = file.get_slice(name)
+    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}"
+        )
+    return TensorSpec(DTYPES[dtype], shape)
 
 
 def _tensor_files(folder: Path) -> dict[Path, set[str]]:

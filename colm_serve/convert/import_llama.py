@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from colm_serve.convert.hf_checkpoint import HfCheckpoint, open_checkpoint
+from colm_serve.convert.hf_checkpoint import HfCheckpoint
 from colm_serve.convert.hf_config import read_hf_config
 from colm_serve.convert.llama_tensors import EMBEDDING, HEAD, llama_tensors
 from colm_serve.convert.new_model import new_model_folder
@@ -38,8 +38,9 @@ def import_llama(source: Path, out: Path, report: Report | None = None) -> ColmC
     """
     config = read_hf_config(source)
     check_tokenizer(source, config.vocab_size)
-    with open_checkpoint(source) as checkpoint, new_model_folder(out) as folder:
-        names = _match_tensors(source, checkpoint, config)
+    checkpoint = HfCheckpoint(source)
+    names = _match_tensors(source, checkpoint, config)
+    with new_model_folder(out) as folder:
         write_tensor_file(
             chain_path(folder, 1),
             {stored: checkpoint.specs[name] for stored, name in names.items()},

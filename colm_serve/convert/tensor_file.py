@@ -31,6 +31,10 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tensor.dtype, tuple(tensor.shape))
+
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -87,6 +88,20 @@ def read_tensor(folder: Path, chain: int, name: str) -> Tensor:
             raise CheckpointError(f"{path}: tensor {name} is missing")
         tensor: Tensor = file.get_tensor(name)
     return tensor
+
+
+def check_chain(folder: Path, chain: int) -> list[str]:
+    """Check a chain's content against its digest, a tensor at a time; returns the stored names.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or damaged.
+    """
+    path = chain_path(folder, chain)
+    header = _read_header(path, chain)
+    with safe_open(path, framework="pt") as file:
+        names: list[str] = sorted(file.keys())
+    _check_digest(path, header, _digest(names, partial(read_tensor, folder, chain)))
+    return names
 
 
 def check_folder(folder: Path) -> ColmConfig:
@@ -192,7 +207,7 @@ def write_chain(
         base: digest of the chain 1 it belongs to; None for chain 1 itself.
     """
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    digest = _digest(stored)
+    digest = _digest(stored, stored.__getitem__)
     path = chain_path(folder, chain)
     save_file(stored, path, chain_header(chain, digest, base))
     path.chmod(0o644)  # safetensors would keep it to its owner
@@ -202,21 +217,6 @@ def write_chain(
 def chain_header(chain: int, digest: str, base: str | None = None) -> dict[str, str]:
     """What a chain's file says of itself; `write_chain` explains the arguments."""
     return {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base or digest}
-
-
-def read_chain(folder: Path, chain: int) -> dict[str, Tensor]:
-    """A chain's tensors by stored name, mapped from its file and checked against its digest.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or damaged.
-    """
-    path = chain_path(folder, chain)
-    header = _read_header(path, chain)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if _digest(tensors) != header["digest"]:
-        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
-    return tensors
 
 
 def load_model(
@@ -278,8 +278,11 @@ def _load_chain(
     device: torch.device | str,
 ) -> None:
     path = chain_path(folder, chain)
-    _check_base(path, _read_header(path, chain), base)
-    tensors = read_chain(folder, chain)
+    header = _read_header(path, chain)
+    _check_base(path, header, base)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _check_digest(path, header, _digest(tensors, tensors.__getitem__))
     slots = dict(chain_tensors(model, chain))
     unread = set() if model.head is not None else _HEAD_TENSORS
     if foreign := sorted(tensors.keys() - slots.keys() - unread):
@@ -322,10 +325,15 @@ def _read_header(path: Path, chain: int) -> Mapping[str, str]:
     return header
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _check_digest(path: Path, header: Mapping[str, str], found: str) -> None:
+    if found != header["digest"]:
+        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+
+
+def _digest(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
     digest = ContentDigest()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+    for name in sorted(names):
+        tensor = read(name).contiguous()
         digest.begin(name, tensor.dtype, tensor.shape)
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

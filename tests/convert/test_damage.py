@@ -157,6 +157,22 @@ def test_nothing_is_replaced(llama: Path, tmp_path: Path) -> None:
             convert(source, tmp_path / "colm")
 
 
+def test_a_damaged_chain_is_not_exported(
+    imported_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    colm = shutil.copytree(imported_of("grouped"), tmp_path / "colm")
+    path = colm / "chain-1.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=f"{path}: damaged"):
+        export_llama(colm, tmp_path / "llama")
+    path.write_bytes(content)
+    edit_json(colm / "config.json", d_ff=80)
+    with pytest.raises(CheckpointError, match=r"tensor blocks\.0\.ffn\.w1\.weight has shape"):
+        export_llama(colm, tmp_path / "llama")
+    assert sorted(tmp_path.iterdir()) == [colm]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_conversion_that_ends_early_leaves_nothing(
     llama: Path, tmp_path: Path, error: type[BaseException]
