@@ -25,13 +25,12 @@ from colm_serve.model.config import ColmConfig
 from colm_serve.simulate.command import with_policy
 from colm_serve.simulate.costs import WorkerCosts
 from colm_serve.simulate.outcomes import Figures
+from colm_serve.simulate.plots import HAS_MATPLOTLIB, NO_PLOTS, label_ticks, save_svg, show_shares
 from colm_serve.simulate.simulation import Simulation
 from colm_serve.simulate.synthetic import SyntheticTrace
 
-try:
+if HAS_MATPLOTLIB:
     from matplotlib.figure import Figure
-except ImportError:
-    Figure = None
 
 MODEL = Path(__file__).parent.parent / "models" / "stdlib-air"
 ATTAINMENT = 0.9
@@ -204,19 +203,28 @@ def rows_of(where: str, found: dict[str, Goodput], over_top: float, over_best: f
 
 def save_plot(where: str, found: dict[str, Goodput]) -> Path:
     """Requests within their SLA and mean level by rate, one line a policy."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, label in zip(figure.subplots(1, 2), ("within their SLA", "mean level"), strict=True):
-        for name, goodput in found.items():
-            points = sorted(goodput.points, key=lambda point: point.rate_per_s)
-            values = [
-                p.figures.attainment if label.startswith("within") else p.figures.mean_level
-                for p in points
-            ]
-            axes.plot([p.rate_per_s for p in points], values, marker=".", label=name)
-        axes.set(xlabel="requests/s", ylabel=label, title=where)
-    axes.legend()
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    figure.suptitle(f"{where[0].upper()}{where[1:]}")
+    left, right = figure.subplots(1, 2)
+    for name, goodput in found.items():
+        points = sorted(goodput.points, key=lambda point: point.rate_per_s)
+        rates = [point.rate_per_s for point in points]
+        width = 2.5 if name == ADAPTIVE else 1.2
+        kept = [point.figures.attainment for point in points]
+        left.plot(rates, kept, marker=".", label=name, linewidth=width)
+        levels = [math.nan if (p := point.figures.mean_level) is None else p for point in points]
+        right.plot(rates, levels, marker=".", linewidth=width)
+    left.axhline(ATTAINMENT, color="gray", linestyle=":", label=f"{ATTAINMENT:.0%}")
+    left.set_ylabel("requests within their SLA")
+    show_shares(left)
+    right.set_ylabel("mean level of a token")
+    for axes in (left, right):
+        axes.set_xlabel("requests/s")
+        label_ticks(axes, "125")
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     path = RESULTS / f"goodput_{where.replace(' ', '_')}.svg"
-    figure.savefig(path)
+    save_svg(figure, path)
     return path
 
 
@@ -236,9 +244,11 @@ def main() -> None:
         *rows_of("for real", served, over_top=1.5, over_best=1.0),
     ]
     show("goodput: requests/s with 90% inside their SLA", rows)
-    if Figure is not None:
+    if HAS_MATPLOTLIB:
         for where, found in ((name, played), ("for real", served)):
             print(f"written to {save_plot(where, found)}")
+    else:
+        print(NO_PLOTS)
     print(f"written to {save('goodput', rows)}")
 
 

@@ -26,6 +26,7 @@ from colm_serve.measured_costs import measure_costs
 from colm_serve.model.config import KvSharing
 from colm_serve.pattern_search import patterns_table, write_pattern_file
 from colm_serve.simulate.command import run_simulation
+from colm_serve.simulate.plots import HAS_MATPLOTLIB, NO_PLOTS
 from colm_serve.simulate.report import outcome_table, write_outcome
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.report import evaluate_folder
@@ -176,6 +177,8 @@ def simulate(
     if out is not None:
         for path in write_outcome(outcome, out):
             console.print(f"written to {path}")
+        if not HAS_MATPLOTLIB:
+            console.print(NO_PLOTS)
 
 
 @app.command()

@@ -76,8 +76,23 @@ def test_a_trace_of_an_unknown_kind_is_named(config: Path, tmp_path: Path) -> No
     assert "a .jsonl file, or .yaml" in str(result.exception)
 
 
-def test_plots_are_written(config: Path, trace: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    RUNNER.invoke(app, ["simulate", str(config), str(trace), "--out", str(tmp_path)])
-    assert (tmp_path / "latencies.svg").stat().st_size > 1000
-    assert (tmp_path / "levels.svg").stat().st_size > 1000
+def test_equal_runs_write_equal_plots(config: Path, trace: Path, tmp_path: Path) -> None:
+    plots = []
+    for out in (tmp_path / "once", tmp_path / "again"):
+        RUNNER.invoke(app, ["simulate", str(config), str(trace), "--out", str(out)])
+        plots.append({path.name: path.read_text() for path in out.glob("*.svg")})
+    assert plots[0] == plots[1]
+    assert set(plots[0]) == {"latencies.svg", "levels.svg"}
+    assert "time to first token (ms)" in plots[0]["latencies.svg"]
+    assert "chain level" in plots[0]["levels.svg"]
+
+
+def test_without_matplotlib_only_the_plots_are_missing(
+    config: Path, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("cli", "simulate.report"):
+        monkeypatch.setattr(f"colm_serve.{module}.HAS_MATPLOTLIB", False)
+    out = tmp_path / "out"
+    result = RUNNER.invoke(app, ["simulate", str(config), str(trace), "--out", str(out)])
+    assert "matplotlib is not installed" in result.output
+    assert [path.name for path in out.iterdir()] == ["outcome.json"]
