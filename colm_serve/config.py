@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -62,6 +63,12 @@ class SlaClass(_Frozen):
         if self.max_level is not None and self.min_level > self.max_level:
             raise ValueError(f"min_level {self.min_level} is above max_level {self.max_level}")
         return self
+
+
+def light_classes(sla_classes: Mapping[str, SlaClass]) -> frozenset[str]:
+    """The names of those that have less weight than another."""
+    most = max(sla.weight for sla in sla_classes.values())
+    return frozenset(name for name, sla in sla_classes.items() if sla.weight < most)
 
 
 #: What there is without any config.

@@ -114,6 +114,7 @@ class RunningRequest:
             deadline_s=self.checked.deadline_s,
             age_s=self.lifecycle.age_s(),
             is_begun=self.num_attempts > 0,
+            is_light=self.checked.is_light,
             own_targets=self.checked.own_targets,
             refused_by=self.refused_by,
             failed_at=self.failed_at,

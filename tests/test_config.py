@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from colm_serve.config import ClusterConfig, DecodeConfig, SlaClass, check_bind_address
+from colm_serve.config import (
+    ClusterConfig,
+    DecodeConfig,
+    SlaClass,
+    check_bind_address,
+    light_classes,
+)
 from colm_serve.errors import InvalidConfig
 
 KEY = "sk-secret-0123456789"
@@ -47,6 +53,8 @@ def test_there_are_classes_without_any_config(tmp_path: Path) -> None:
     assert interactive.ttft_ms is not None
     assert batch.ttft_ms is None
     assert batch.weight < SlaClass().weight < interactive.weight
+    assert light_classes(config.sla_classes) == {"default", "batch"}
+    assert light_classes({"only": SlaClass(weight=0.5)}) == frozenset()
     assert list(load(tmp_path, FULL).sla_classes) == ["chat", "batch"], "one's own replace them"
 
 

@@ -10,8 +10,10 @@ from colm_serve.router.placing.snapshot import DecodeState, PrefillState
 
 #: Of a target: what is predicted may take so much of it, as no two steps take the same.
 AIMED_SHARE = 0.9
-#: Of what a row alone would leave of a limit: others may take so much before levels go down.
-FILLED_SHARE = 0.35
+#: Of what a row alone leaves of a limit: so much is filled before levels go down,
+UPPER_SHARE = 0.35
+#: and so much by requests of light classes; the rest is for heavier ones to come.
+LIGHT_SHARE = 0.8
 
 
 class Prediction(NamedTuple):
@@ -30,8 +32,18 @@ def upper_limit_s(limit_s: float, level: int, cost: StepCost) -> float:
     The rest of `limit_s` is kept for a burst: those that run fast and low end soon, so that there
     are few of them when it comes. A row that is alone may take all.
     """
+    return _filled_s(limit_s, UPPER_SHARE, level, cost)
+
+
+def light_limit_s(limit_s: float, level: int, cost: StepCost) -> float:
+    """How long a step may take for a row of a light class, at the lowest level that it may."""
+    return _filled_s(limit_s, LIGHT_SHARE, level, cost)
+
+
+def _filled_s(limit_s: float, share: float, level: int, cost: StepCost) -> float:
+    """What a row takes alone, and that share of what it leaves."""
     alone_s = sum(cost.chain_s[:level])
-    return min(limit_s, alone_s + FILLED_SHARE * max(0.0, limit_s - alone_s))
+    return min(limit_s, alone_s + share * max(0.0, limit_s - alone_s))
 
 
 def prompt_s(state: DecodeState, computed_s: float | None, num_tokens: int) -> float:

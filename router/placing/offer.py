@@ -12,6 +12,7 @@ from colm_serve.router.placing.latency_model import (
     AIMED_SHARE,
     Prediction,
     idle_prediction,
+    light_limit_s,
     prefilled_s,
     prompt_s,
     upper_limit_s,
@@ -113,8 +114,12 @@ class Offers:
 
     def _token_limit_s(self, state: DecodeState) -> float:
         """What a token may take, for this request and those already running there."""
-        targets = (t for t in (self._request.tpot_s, state.tpot_s) if t is not None)
-        return AIMED_SHARE * min(targets, default=math.inf)
+        request, cost = self._request, state.status.step_cost
+        own_s = math.inf if request.tpot_s is None else AIMED_SHARE * request.tpot_s
+        others_s = math.inf if state.tpot_s is None else AIMED_SHARE * state.tpot_s
+        if request.is_light:
+            others_s = light_limit_s(others_s, request.min_level, cost)
+        return min(own_s, others_s)
 
     def _keeps(self, prediction: Prediction, limit_s: float) -> bool:
         """Whether the first token comes in time, and the others as fast as they have to."""

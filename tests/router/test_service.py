@@ -245,6 +245,14 @@ async def test_a_request_overrides_the_targets_of_its_class() -> None:
     assert own.own_targets == {"tpot_ms", "deadline_s"}
 
 
+async def test_requests_of_a_class_with_less_weight_than_another_are_light() -> None:
+    classes = {"chat": SlaClass(weight=2), "text": SlaClass()}
+    checks = Validator(model_facts(), None, classes, "chat")
+    prompt = TokenPrompt((5,))
+    assert not (await checks.check(GenerationRequest(prompt))).is_light
+    assert (await checks.check(GenerationRequest(prompt, sla_class="text"))).is_light
+
+
 @pytest.mark.parametrize("prompt", [TextPrompt("x"), ChatPrompt(())])
 async def test_no_tokenizer_is_said_before_anything_else(prompt: Any) -> None:
     with pytest.raises(InvalidArgument, match="no tokenizer"):
