@@ -28,11 +28,11 @@ class ChainOfLinears(ChainLinear):
         self.weights, self.biases = original.weights, original.biases
         self.linears = nn.ModuleList(_as_linear(weight) for weight in self.weights)
 
-    def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
+    def _chains(self, x_TD: Tensor, num_rows: Sequence[int], first: int, end: int) -> Tensor:
         columns = []
-        for linear, weight, rows in zip(self.linears, self.weights, num_rows, strict=False):
-            y = linear(x_TD[:rows, : weight.shape[1]])
-            columns.append(F.pad(y, (0, 0, 0, x_TD.shape[0] - rows)))
+        for i in range(first, end):
+            y = self.linears[i](x_TD[: num_rows[i], : self.weights[i].shape[1]])
+            columns.append(F.pad(y, (0, 0, 0, x_TD.shape[0] - num_rows[i])))
         return torch.cat(columns, dim=-1)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from colm_serve.errors import InvalidConfig
 from colm_serve.model.checkpoint import chain_digest, chain_path, chain_tensors, load_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.layers import ChainLinear
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.lora import add_adapters, freeze_all_but_adapters
 
@@ -82,6 +83,9 @@ class Tuning:
         for chain in range(1, self.frozen_chains + 1):
             for _, weight in chain_tensors(model, chain):
                 weight.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, ChainLinear):
+                module.num_frozen = self.frozen_chains
 
     def frozen_files(self, folder: Path) -> list[Path]:
         """The files of the frozen chains in a folder of this run."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from colm_serve.convert.expand import expand
 from colm_serve.errors import InvalidConfig
@@ -21,10 +22,14 @@ from colm_serve.model.checkpoint import (
     load_model,
     save_model,
 )
+from colm_serve.model.initial import initial_model
+from colm_serve.model.layers import ChainLinear
 from colm_serve.training.config import TrainConfig
+from colm_serve.training.loss import multi_chain_loss
 from colm_serve.training.report import Report, evaluate_folder
 from colm_serve.training.stage import stage_at
 from colm_serve.training.trainer import train
+from colm_serve.training.tuning import Tuning
 from tests.engine.paged import kv_of_whole_model
 from tests.training.conftest import RECIPE
 from tests.training.runs import MODEL, StopAfter, losses
@@ -125,6 +130,30 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     resumed = run_recipe(config, tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     assert chain_digest(resumed, 2) == chain_digest(straight, 2)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_frozen_chains_take_no_part_in_the_backward_pass(lora_rank: int | None) -> None:
+    """It costs a third less, and the gradients are the same."""
+    config = replace(MODEL, chains=(4, 1), num_heads=10, d_model=320, d_ff=320)
+    tokens = torch.arange(130).reshape(2, 65)
+    gradients, num_flops = [], []
+    for is_cut in (False, True):
+        model = initial_model(config, seed=0)
+        tuning = Tuning(Path(), 1, lora_rank)
+        tuning.add_adapters(model, seed=0)
+        tuning.freeze(model)
+        for module in model.modules():
+            if isinstance(module, ChainLinear):
+                module.num_frozen *= is_cut
+        with FlopCounterMode(display=False) as counter:
+            multi_chain_loss(model, tokens[:, :-1], tokens[:, 1:], (0, 1)).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        num_flops.append(counter.get_total_flops())
+    assert num_flops[1] < 0.75 * num_flops[0]
+    assert gradients[0]
+    assert not any(name.endswith("weights.0") for name in gradients[0])
+    torch.testing.assert_close(*gradients)
 
 
 def test_only_levels_above_the_frozen_ones_count(tuned: Path) -> None:
