@@ -149,7 +149,7 @@ def decode_service(
     *,
     before_block: Callable[[], object] | None = None,
     grace_s: float = 2.0,
-    variant: str = "",
+    variant: str | None = "",
     **changes: object,
 ) -> Iterator[tuple[DecodeService, DecodeWorker]]:
     """A real decode worker on a free port, in this process."""

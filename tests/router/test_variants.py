@@ -13,7 +13,7 @@ import pytest
 
 from colm_serve.client import AsyncClient, Token
 from colm_serve.cluster.launch import Cluster
-from colm_serve.config import ClusterConfig, RouterConfig
+from colm_serve.config import ClusterConfig, RouterConfig, StandbyConfig
 from colm_serve.convert.expand import expand
 from colm_serve.core import Member, Membership, WorkerKind
 from colm_serve.errors import CheckpointError, Unavailable, UnknownModel
@@ -100,6 +100,7 @@ async def site(
         model=folders["base"],
         variants={name: folders[name] for name in ("chat", "code")},
         router=RouterConfig(status_interval_s=0.02),
+        standby=StandbyConfig(after_s=0.05),
     )
     router = RouterService(config)
     await router.start()
@@ -175,6 +176,25 @@ async def test_a_variant_that_waits_for_its_worker_holds_up_no_other(
         assert not waiting.done()
         here.router.update_membership(Membership(2, tuple(workers[1].values())))
         assert len(await waiting) == NUM_TOKENS
+
+
+async def test_a_standby_stands_in_for_any_variant_at_level_1(
+    folders: dict[str, Path], workers: tuple[PrefillWorker, dict[str, Member]]
+) -> None:
+    prompt = make_prompt(20, BASE)
+    sampling = replace(with_tokens(GREEDY, NUM_TOKENS), ignore_eos=True)
+    expected = generate_alone(folders["base"], prompt, [1] * NUM_TOKENS, sampling)
+    with decode_service(folders["base"], 9, variant=None) as (service, worker):
+        standby = Member(
+            WorkerKind.DECODE, "s", service.address, 9, worker.kv_identity, is_standby=True
+        )
+        members = (workers[0], {"standby": standby, **workers[1]})
+        async with site(folders, members, "chat", "code") as here:
+            # The base's own worker is there, and does not keep the others' standby from them.
+            for _ in range(2):
+                assert len(await here.tokens(prompt, "base", 3)) == NUM_TOKENS
+                for variant in ("chat", "code"):
+                    assert await here.tokens(prompt, variant, 1) == expected
 
 
 async def test_a_worker_that_has_another_variant_s_address_refuses(
