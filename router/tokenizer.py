@@ -6,14 +6,14 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 from tokenizers import Tokenizer as HfTokenizer
 
 from colm_serve.errors import CheckpointError, InvalidArgument
 from colm_serve.model.vocabulary import load_tokenizer, token_bytes
+from colm_serve.router.chat_template import chat_template
 from colm_serve.router.request import ChatMessage
 
 
@@ -23,7 +23,7 @@ class Tokenizer:
     def __init__(self, tokenizer: HfTokenizer, settings: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._special = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token")}
-        self._template = _chat_template(settings.get("chat_template"))
+        self._template = chat_template(settings.get("chat_template"))
         find_bytes = functools.partial(token_bytes, tokenizer)
         self._cached_bytes = functools.lru_cache(maxsize=16384)(find_bytes)
 
@@ -96,24 +96,6 @@ def _token_text(token: str | dict[str, Any] | None) -> str:
     if isinstance(token, dict):
         return str(token["content"])
     return token or ""
-
-
-def _chat_template(source: str | list[dict[str, str]] | None) -> Template | None:
-    """Compile a template; of several named ones, the default."""
-    if isinstance(source, list):
-        source = {named["name"]: named["template"] for named in source}.get("default")
-    if source is None:
-        return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _raise_exception
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise CheckpointError(f"chat_template: not a Jinja template: {error}") from error
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
 
 
 def _check_unicode(field: str, text: str) -> None:

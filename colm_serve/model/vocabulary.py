@@ -17,7 +17,7 @@ _FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Read tokenizer.json; None without one.
+    """Read tokenizer.json; None without one. Texts are neither cut nor padded, whatever it says.
 
     Raises:
         CheckpointError: the file is there but cannot be read.
@@ -26,9 +26,12 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if not path.exists():
         return None
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower one
         raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
