@@ -110,6 +110,16 @@ def test_a_step_cost_does_not_drift_under_load(slower: float) -> None:
                 assert 0.5 < predicted_over_true(other) < 2.0
 
 
+def test_bursts_that_slow_the_machine_down_leave_the_levels_apart() -> None:
+    """More rows come with other processes' work; no chain is thought to be free for that."""
+    fit, draw = StepFit(AT_START), random.Random(7)
+    for load in bursts(draw, 4, 4000, others=0.3):
+        slower = 1 + load[0][0] / 4
+        fit.observe(*load, slower * UNDER_LOAD.step_s(*load) * noise(draw))
+        first_s, now_s = AT_START.chain_s, fit.cost.chain_s
+        assert all(now > first / 2 for now, first in zip(now_s, first_s, strict=True) if first)
+
+
 def test_a_cost_that_was_not_measured_stays_so() -> None:
     fit = StepFit(StepCost((), ()))
     fit.observe((), (), 0.1)
