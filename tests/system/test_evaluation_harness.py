@@ -83,22 +83,3 @@ async def test_continuations_are_scored_at_the_level_that_the_model_s_name_says(
                 assert is_greedy == is_expected_greedy
             totals.append(sum(score for score, _ in found))
     assert totals == sorted(totals), "a higher level finds true text likelier"
-
-
-async def test_text_is_made_until_a_stop_string() -> None:
-    async with served() as client:
-        reply = await post(
-            f"{client.base_url}completions",
-            {
-                "model": f"{BUNDLED.name}:level-4",
-                "prompt": [tokenized()[0][0]],
-                "max_tokens": 64,
-                "temperature": 0,
-                "stop": ["\n", "<|endoftext|>"],
-                "seed": 1234,
-            },
-        )
-    (choice,) = reply["choices"]
-    assert choice["finish_reason"] == "stop"
-    assert choice["text"].strip()
-    assert "\n" not in choice["text"]
