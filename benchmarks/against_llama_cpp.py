@@ -24,7 +24,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from colm_serve.model.checkpoint import chain_path, load_cpu_model, load_model, save_model
+from colm_serve.model.chain_file import chain_path
+from colm_serve.model.checkpoint import load_cpu_model, load_model, save_model
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.transformer import ColmModel
 

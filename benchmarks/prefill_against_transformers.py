@@ -25,7 +25,8 @@ from colm_serve.config import PrefillConfig
 from colm_serve.engine.loading import load_for_serving, make_pool
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.engine.step import Segment, run_pass
-from colm_serve.model.checkpoint import chain_path, save_model
+from colm_serve.model.chain_file import chain_path
+from colm_serve.model.checkpoint import save_model
 from colm_serve.model.transformer import ColmModel
 
 LENGTHS = (512, 1024, 2048, 4096)

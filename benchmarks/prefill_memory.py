@@ -29,7 +29,8 @@ from colm_serve.engine.loading import load_for_serving, make_pool
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.engine.sparse.selectors import AShape
 from colm_serve.engine.sparse.sparsity import SelectedSparsity
-from colm_serve.model.checkpoint import chain_path, save_model
+from colm_serve.model.chain_file import chain_path
+from colm_serve.model.checkpoint import save_model
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.transformer import ColmModel
 

@@ -14,8 +14,8 @@ from grpc_reflection.v1alpha import reflection
 
 from colm_serve.config import ClusterConfig, TlsConfig, check_bind_address
 from colm_serve.core import Membership
-from colm_serve.model.checkpoint import kv_identity
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.kv_identity import kv_identity
 from colm_serve.proto.colm.v1 import generation_pb2_grpc
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.openai.http import make_app

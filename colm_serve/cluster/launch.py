@@ -15,7 +15,8 @@ from colm_serve.cluster.placement import max_cpus
 from colm_serve.config import ClusterConfig
 from colm_serve.engine.sparse.sparsity import make_sparsity
 from colm_serve.errors import ColmError, Unavailable
-from colm_serve.model.checkpoint import check_folder, check_variant
+from colm_serve.model.checkpoint import check_folder
+from colm_serve.model.kv_identity import check_variant
 from colm_serve.router.actor import RouterAddresses
 
 _STOP_TIMEOUT_S = 30.0
@@ -33,6 +34,7 @@ class Cluster:
         # Cheap, and a clearer message than one out of an actor's constructor.
         make_sparsity(config.prefill.sparse, check_folder(config.model))
         for variant in config.variants.values():
+            check_folder(variant)
             check_variant(variant, config.model)
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 
 from colm_serve.convert.new_model import new_model_folder
 from colm_serve.errors import InvalidArgument
-from colm_serve.model.checkpoint import (
-    carried_files,
+from colm_serve.model.chain_file import (
     chain_digest,
     chain_path,
-    check_folder,
+    check_chain,
     read_tensor,
     write_chain,
 )
+from colm_serve.model.checkpoint import carried_files, check_folder
 from colm_serve.model.config import ColmConfig, KvSharing
 from colm_serve.model.initial import initial_chain
 
@@ -51,14 +51,16 @@ def expand(
         The new config.
 
     Raises:
-        CheckpointError: `model` lacks a file or mixes models.
+        CheckpointError: a file of `model` is missing, damaged or of another model.
         InvalidArgument: `out` exists, or a size that cannot be; the message says which can.
     """
     base = check_folder(model)
     config = expanded_config(base, add_chains, kv_sharing)
     with new_model_folder(out) as staging:
-        chains = [chain_path(model, chain) for chain in range(1, base.num_chains + 1)]
-        for path in (*chains, *carried_files(model)):
+        for chain in range(1, base.num_chains + 1):
+            check_chain(model, chain)
+            shutil.copyfile(chain_path(model, chain), chain_path(staging, chain))
+        for path in carried_files(model):
             shutil.copyfile(path, staging / path.name)
         config.save(staging)
         for chain in range(base.num_chains + 1, config.num_chains + 1):

@@ -16,7 +16,7 @@ from colm_serve.convert.new_model import new_model_folder
 from colm_serve.convert.tensor_file import Report, TensorSpec, write_tensor_file
 from colm_serve.convert.tokenizer_files import copy_tokenizer
 from colm_serve.errors import CheckpointError
-from colm_serve.model.checkpoint import chain_path, check_chain, read_tensor
+from colm_serve.model.chain_file import chain_path, check_chain, read_tensor
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.head_order import stored_order
 

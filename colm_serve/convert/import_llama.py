@@ -14,7 +14,7 @@ from colm_serve.convert.new_model import new_model_folder
 from colm_serve.convert.tensor_file import Report, write_tensor_file
 from colm_serve.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from colm_serve.errors import CheckpointError
-from colm_serve.model.checkpoint import chain_header, chain_path
+from colm_serve.model.chain_file import chain_header, chain_path
 from colm_serve.model.config import ColmConfig
 
 #: What older checkpoints also hold, though the configuration gives it.

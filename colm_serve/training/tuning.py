@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from colm_serve.errors import InvalidConfig
-from colm_serve.model.checkpoint import chain_digest, chain_path, chain_tensors, load_model
+from colm_serve.model.chain_file import chain_digest, chain_path
+from colm_serve.model.checkpoint import chain_tensors, load_model
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.layers import ChainLinear
 from colm_serve.model.transformer import ColmModel

@@ -13,8 +13,10 @@ from torch import Tensor
 from colm_serve.convert.expand import expand, expanded_config
 from colm_serve.engine.loading import load_for_serving, make_pool
 from colm_serve.errors import CheckpointError, InvalidArgument
-from colm_serve.model.checkpoint import chain_path, kv_identity, load_model, save_model, write_chain
+from colm_serve.model.chain_file import chain_path, write_chain
+from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.kv_identity import kv_identity
 from tests.engine.paged import PAGE_SIZE, PAGES, decode, kv_of_whole_model, prefill
 from tests.helpers import make_prompt
 from tests.model.models import SMALL, random_model, read_chain
@@ -190,6 +192,11 @@ def test_what_cannot_be_read_or_written_leaves_nothing(base: Path, tmp_path: Pat
     del tensors["norm.weight"]
     write_chain(base, 1, tensors)
     with pytest.raises(CheckpointError, match=r"chain-1\.safetensors: tensor norm\.weight is miss"):
+        expand(base, tmp_path / "grown", [2])
+    with chain_path(base, 1).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    with pytest.raises(CheckpointError, match=r"base/chain-1\.safetensors: damaged"):
         expand(base, tmp_path / "grown", [2])
     chain_path(base, 1).unlink()
     with pytest.raises(CheckpointError, match="chain 1 is missing"):

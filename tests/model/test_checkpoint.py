@@ -17,16 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from colm_serve.errors import CheckpointError, InvalidConfig
-from colm_serve.model import checkpoint
-from colm_serve.model.checkpoint import (
-    chain_path,
-    check_folder,
-    kv_identity,
-    load_model,
-    save_model,
-    write_chain,
-)
+from colm_serve.model import chain_file
+from colm_serve.model.chain_file import chain_path, write_chain
+from colm_serve.model.checkpoint import check_folder, load_model, save_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.kv_identity import kv_identity
 from colm_serve.model.transformer import ColmModel
 from tests.model.models import SMALL, VARIANTS, random_model, read_chain
 
@@ -101,7 +96,7 @@ def test_a_prefill_worker_s_load_opens_no_file_but_chain_1(
         return real(path, framework=framework)
 
     real = safetensors.safe_open
-    monkeypatch.setattr(checkpoint, "safe_open", watch)
+    monkeypatch.setattr(chain_file, "safe_open", watch)
     load_model(folder, 1, with_head=False)
     assert set(opened) == {"chain-1.safetensors"}
     load_model(folder, 2)
@@ -344,7 +339,7 @@ def test_a_save_that_fails_leaves_what_was_there(
             raise OSError(28, "No space left on device")
         save_file(tensors, path, header)
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(chain_file, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         save_model(random_model(SMALL, seed=1), tmp_path / "model")
     assert sorted(path for path in tmp_path.rglob("*")) == before

@@ -20,7 +20,7 @@ from colm_serve.client import AsyncClient, Client
 from colm_serve.config import ClusterConfig, RouterConfig, SlaClass, TlsConfig
 from colm_serve.core import Membership
 from colm_serve.errors import CheckpointError, InvalidConfig, Unavailable
-from colm_serve.model.checkpoint import kv_identity
+from colm_serve.model.kv_identity import kv_identity
 from colm_serve.router.router import Router
 from colm_serve.router.server import RouterService, load_router
 from colm_serve.transport.host import ServiceThread

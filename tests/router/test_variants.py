@@ -17,8 +17,10 @@ from colm_serve.config import ClusterConfig, RouterConfig, StandbyConfig
 from colm_serve.convert.expand import expand
 from colm_serve.core import Member, Membership, WorkerKind
 from colm_serve.errors import CheckpointError, Unavailable, UnknownModel
-from colm_serve.model.checkpoint import chain_path, check_variant, save_model
+from colm_serve.model.chain_file import chain_path
+from colm_serve.model.checkpoint import save_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.kv_identity import check_variant
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.server import RouterService

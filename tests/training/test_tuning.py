@@ -15,14 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from colm_serve.convert.expand import expand
 from colm_serve.errors import InvalidConfig
-from colm_serve.model.checkpoint import (
-    chain_digest,
-    chain_path,
-    kv_identity,
-    load_model,
-    save_model,
-)
+from colm_serve.model.chain_file import chain_digest, chain_path
+from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.initial import initial_model
+from colm_serve.model.kv_identity import kv_identity
 from colm_serve.model.layers import ChainLinear
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.loss import multi_chain_loss
