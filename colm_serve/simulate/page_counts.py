@@ -97,13 +97,14 @@ class PageCounts:
 
     def publish(self, holding: Holding, blocks: Sequence[Block], num_tokens: int) -> None:
         """Let later sequences find what the first `num_tokens` of these blocks have complete."""
-        start = 0
+        stop = num_before = 0
         for block_id, num_in_block in blocks:
-            if start >= num_tokens:
+            if stop >= num_tokens:
                 break
-            stop = start + num_in_block
-            num_complete = min(stop, num_tokens) // self.page_size - start // self.page_size
-            start = stop
+            stop += num_in_block
+            num_pages = (stop if stop < num_tokens else num_tokens) // self.page_size
+            num_complete = num_pages - num_before
+            num_before = num_pages
             if num_complete <= 0:
                 continue
             entry = self._cached.get(block_id)

@@ -26,8 +26,8 @@ def with_room(request: RequestFacts, cluster: ClusterSnapshot) -> list[DecodeSta
     roomy = [
         state
         for state in large
-        if state.member not in request.refused_by
-        and state.pages_for(request.num_reserved_tokens(state)) <= state.num_free_pages
+        if state.pages_for(request.num_reserved_tokens(state)) <= state.num_free_pages
+        and not (request.refused_by and state.member in request.refused_by)
     ]
     if not roomy:
         raise ResourceExhausted(
@@ -35,4 +35,6 @@ def with_room(request: RequestFacts, cluster: ClusterSnapshot) -> list[DecodeSta
             f"workers; the most free is {max(s.num_free_pages for s in large)} pages",
             RETRY_AFTER_S,
         )
+    if not request.failed_at:
+        return roomy
     return [s for s in roomy if s.member not in request.failed_at] or roomy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_equal_seeds_give_equal_outcomes() -> None:
 
     assert run(0) == run(0)
     assert run(0) != run(1)
+
+
+def test_a_run_leaves_no_cycles_behind() -> None:
+    """Nobody looks for them as long as it lasts."""
+    simulation, trace = Simulation(cluster_config(), COSTS), bursty(rate_per_s=100)
+    gc.collect()
+    outcome = simulation.run(trace)
+    assert gc.collect() == 0
+    assert outcome.total.num_refused
 
 
 def lone(prompt: int, output: int) -> Trace:
