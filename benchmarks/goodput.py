@@ -1,26 +1,30 @@
 """Goodput: the highest rate at which 90% of a bursty mixed load keep their SLA, by policy.
 
-Every policy gets the same workers, the same classes and the same trace, played faster and faster.
-Simulated with 64 workers, and for real with the bundled model on one prefill and one decode worker,
-whose measured costs are those of the simulation.
+Every policy gets the same workers, the same classes and the same trace, played faster and faster;
+who is refused has missed. A fixed level serves a class at its lowest level if that is higher.
+
+Simulated with 64 workers, whose costs are measured here with a model of 0.4 billion parameters, and
+for real with the bundled model on one prefill and one decode worker. Chats are as long as those of
+LMSYS-Chat-1M, about 70 tokens asked and 215 answered: with long outputs decode workers are what
+there is too little of, and levels cost only these anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from goodput_search import ATTAINMENT, Goodput, find_goodput
+from large_costs import measure_large_costs
 from real_cluster import RealCluster, replay, running
 from reporting import RESULTS, Row, save, show
-from rich.console import Console
 
 from colm_serve.config import ClusterConfig
-from colm_serve.measured_costs import measure_costs
 from colm_serve.model.config import ColmConfig
 from colm_serve.simulate.command import with_policy
 from colm_serve.simulate.costs import WorkerCosts
@@ -33,77 +37,28 @@ if HAS_MATPLOTLIB:
     from matplotlib.figure import Figure
 
 MODEL = Path(__file__).parent.parent / "models" / "stdlib-air"
-ATTAINMENT = 0.9
 ADAPTIVE = "adaptive"
 
 
-@dataclass(frozen=True)
-class Point:
-    """What became of the trace at one rate."""
-
-    rate_per_s: float
-    figures: Figures
-
-    @property
-    def is_kept(self) -> bool:
-        return self.figures.attainment >= ATTAINMENT
+#: Of chats, then of texts: to the first token, for each later one.
+LARGE_TARGETS_MS = (1000, 100), (4000, 200)
+SMALL_TARGETS_MS = (500, 15), (2000, 40)
+Targets = tuple[tuple[float, float], tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Goodput:
-    """Every rate that was tried with one policy."""
-
-    points: tuple[Point, ...]
-
-    @property
-    def best(self) -> Point | None:
-        """The highest rate below which none was missed."""
-        lowest_missed = min((p.rate_per_s for p in self.points if not p.is_kept), default=math.inf)
-        kept = [p for p in self.points if p.is_kept and p.rate_per_s < lowest_missed]
-        return max(kept, key=lambda point: point.rate_per_s, default=None)
-
-    @property
-    def rate_per_s(self) -> float:
-        return 0.0 if self.best is None else self.best.rate_per_s
-
-    @property
-    def mean_level(self) -> float:
-        return 0.0 if self.best is None else self.best.figures.mean_level or 0.0
-
-
-def find_goodput(play: Callable[[float], Figures], first: float, num_halvings: int) -> Goodput:
-    """Double or halve the rate from `first` until one is kept and one missed, then bisect."""
-    points: list[Point] = []
-
-    def is_kept(rate: float) -> bool:
-        points.append(Point(rate, play(rate)))
-        return points[-1].is_kept
-
-    low = high = first
-    if is_kept(first):
-        while is_kept(high := high * 2):
-            low = high
-    else:
-        while not is_kept(low := low / 2) and low > first / 64:
-            high = low
-    for _ in range(num_halvings):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_kept(middle) else (low, middle)
-    return Goodput(tuple(points))
-
-
-def config_of(num_prefill: int, num_decode: int) -> ClusterConfig:
+def config_of(num_prefill: int, num_decode: int, targets_ms: Targets) -> ClusterConfig:
     """Chats that want quick tokens, and texts that may take longer but want a larger model."""
+    chat, text = targets_ms
     return ClusterConfig.model_validate(
         {
             "model": MODEL,
             "prefill": {"count": num_prefill},
             "decode": {"count": num_decode, "kv_tokens": 32768, "speculation": {"enabled": False}},
-            "router": {"max_concurrent": 256 * num_decode},
+            "router": {"max_concurrent": 256 * num_decode, "max_queued": 256 * num_decode},
             "default_sla_class": "chat",
             "sla_classes": {
-                "chat": {"ttft_ms": 500, "tpot_ms": 15, "weight": 2, "deadline_s": 60},
-                "text": {"ttft_ms": 2000, "tpot_ms": 40, "min_level": 2, "deadline_s": 120},
+                "chat": {"ttft_ms": chat[0], "tpot_ms": chat[1], "weight": 2},
+                "text": {"ttft_ms": text[0], "tpot_ms": text[1], "min_level": 2},
             },
         }
     )
@@ -118,22 +73,22 @@ def trace_of(rate_per_s: float, duration_s: float, seed: int) -> SyntheticTrace:
             "arrivals": {
                 "kind": "bursty",
                 "rate_per_s": rate_per_s,
-                "burst_ratio": 6,
-                "burst_s": 4,
-                "calm_s": 12,
+                "burst_ratio": 8,
+                "burst_s": 3,
+                "calm_s": 9,
             },
             "kinds": [
                 {
-                    "weight": 3,
+                    "weight": 4,
                     "sla_class": "chat",
-                    "prompt": {"mean": 120, "max": 512},
-                    "output": {"mean": 40, "max": 160},
+                    "prompt": {"mean": 70, "spread": 1, "max": 512},
+                    "output": {"mean": 215, "spread": 0.8, "max": 1024},
                 },
                 {
                     "weight": 1,
                     "sla_class": "text",
                     "prompt": {"mean": 400, "max": 1024},
-                    "output": {"mean": 120, "max": 400},
+                    "output": {"mean": 400, "spread": 0.8, "max": 1024},
                 },
             ],
             "conversations": {"num_shared_prefixes": 8, "shared_prefix_tokens": 64},
@@ -141,64 +96,86 @@ def trace_of(rate_per_s: float, duration_s: float, seed: int) -> SyntheticTrace:
     )
 
 
-def policy_names(num_levels: int) -> list[str]:
-    """The one to be shown, and every fixed level, the top one last."""
-    return [ADAPTIVE, *(f"level-{level}" for level in range(1, num_levels + 1))]
-
-
-def simulated(costs: WorkerCosts, num_workers: int, duration_s: float) -> dict[str, Goodput]:
-    """By policy; a quarter of the workers are prefill workers."""
-    config = config_of(num_workers // 4, num_workers - num_workers // 4)
+def simulated(
+    costs: WorkerCosts, num_workers: int, duration_s: float, seed: int
+) -> dict[str, Goodput]:
+    """By policy, the top level last; a quarter of the workers are prefill workers."""
+    config = config_of(num_workers // 4, num_workers - num_workers // 4, LARGE_TARGETS_MS)
 
     def play(policy: str, rate_per_s: float) -> Figures:
-        trace = trace_of(rate_per_s, duration_s, seed=0)
-        return Simulation(with_policy(config, policy), costs).run(trace).total
+        trace = trace_of(rate_per_s, duration_s, seed)
+        figures = Simulation(with_policy(config, policy), costs).run(trace).total
+        say(f"simulated, seed {seed}, {policy}", rate_per_s, figures)
+        return figures
 
-    first = 8.0 * num_workers
-    names = policy_names(costs.num_levels)
-    return {name: find_goodput(partial(play, name), first, num_halvings=4) for name in names}
+    first = num_workers / 2
+    levels = [f"level-{level}" for level in range(1, costs.num_levels + 1)]
+    return {
+        name: find_goodput(partial(play, name), first, num_halvings=4)
+        for name in (ADAPTIVE, *levels)
+    }
 
 
-def real(duration_s: float, first: float) -> tuple[dict[str, Goodput], WorkerCosts]:
-    """By policy, and what the workers said that their work costs."""
-    config = config_of(1, 1)
+def real(duration_s: float, first: float) -> dict[str, Goodput]:
+    """By policy, the top level last; of fixed levels only the lowest and the top one."""
+    config = config_of(1, 1, SMALL_TARGETS_MS)
     found = {}
-    for name in policy_names(ColmConfig.load(MODEL).num_chains):
+    for name in (ADAPTIVE, "level-1", f"level-{ColmConfig.load(MODEL).num_chains}"):
         with running(with_policy(config, name)) as cluster:
             replay(cluster, trace_of(first, 10.0, seed=1))  # warms up, and fits the costs
 
-            def play(rate_per_s: float, cluster: RealCluster = cluster) -> Figures:
-                return replay(cluster, trace_of(rate_per_s, duration_s, seed=0)).total
+            def play(
+                rate_per_s: float, cluster: RealCluster = cluster, name: str = name
+            ) -> Figures:
+                figures = replay(cluster, trace_of(rate_per_s, duration_s, seed=0)).total
+                say(f"for real, {name}", rate_per_s, figures)
+                return figures
 
             found[name] = find_goodput(play, first, num_halvings=3)
-            if name == ADAPTIVE:
-                costs = measure_costs(cluster.address)
-    return found, costs
+    return found
 
 
-def rows_of(where: str, found: dict[str, Goodput], over_top: float, over_best: float) -> list[Row]:
-    adaptive = found[ADAPTIVE]
-    fixed = {name: goodput for name, goodput in found.items() if name != ADAPTIVE}
-    best = max(fixed, key=lambda name: fixed[name].rate_per_s)
-    top = list(fixed)[-1]
+def say(what: str, rate_per_s: float, figures: Figures) -> None:
+    """Tell of a trace that has been played."""
+    kept, refused = figures.attainment, figures.num_refused / figures.num_requests
+    level = figures.mean_level or 0.0
+    print(
+        f"{what}: of {rate_per_s:.2f} requests/s {kept:.1%} within their SLA, "
+        f"{refused:.1%} refused, mean level {level:.2f}",
+        flush=True,
+    )
+
+
+def rows_of(
+    where: str, runs: Sequence[dict[str, Goodput]], over_top: float, over_best: float
+) -> list[Row]:
+    """Of runs that differ in their trace's seed, each with the same policies."""
+    fixed = [name for name in runs[0] if name != ADAPTIVE]
+    best = max(fixed, key=lambda name: median(run[name].rate_per_s for run in runs))
     rows = [
         Row.of(
-            f"{where}, {name}: goodput", [goodput.rate_per_s], "requests/s", "higher",
-            note=f"mean level {goodput.mean_level:.2f}",
+            f"{where}, {name}: goodput",
+            [run[name].rate_per_s for run in runs],
+            "requests/s",
+            "higher",
+            note=f"mean level {_level(runs, name):.2f}",
         )
-        for name, goodput in found.items()
-    ]  # fmt: skip
-    for name, target in ((top, over_top), (best, over_best)):
-        ratio = adaptive.rate_per_s / (fixed[name].rate_per_s or math.inf)
-        what = "the top level alone" if target is over_top else "the best fixed level"
-        note = f"{name}; mean level {adaptive.mean_level:.2f}, {fixed[name].mean_level:.2f} there"
-        rows.append(
-            Row.of(
-                f"{where}: adaptive goodput over {what}'s", [ratio], "x", "higher",
-                target=target, note=note, headline=True,
-            )
-        )  # fmt: skip
+        for name in runs[0]
+    ]
+    for what, name, target in (
+        ("the top level alone", fixed[-1], over_top),
+        ("the best fixed level", best, over_best),
+    ):
+        ratios = [run[ADAPTIVE].rate_per_s / (run[name].rate_per_s or math.inf) for run in runs]
+        levels = f"mean level {_level(runs, ADAPTIVE):.2f}, {_level(runs, name):.2f} there"
+        title = f"{where}: adaptive goodput over {what}'s"
+        note = f"{name}; {levels}"
+        rows.append(Row.of(title, ratios, "x", "higher", target=target, note=note, headline=True))
     return rows
+
+
+def _level(runs: Sequence[dict[str, Goodput]], name: str) -> float:
+    return median(run[name].mean_level for run in runs)
 
 
 def save_plot(where: str, found: dict[str, Goodput]) -> Path:
@@ -231,21 +208,25 @@ def save_plot(where: str, found: dict[str, Goodput]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=64, help="simulated")
-    parser.add_argument("--duration", type=float, default=40.0, help="of a trace, simulated")
-    parser.add_argument("--real-duration", type=float, default=45.0)
-    parser.add_argument("--real-rate", type=float, default=4.0, help="to begin with")
+    parser.add_argument("--duration", type=float, default=60.0, help="of a trace, simulated")
+    parser.add_argument("--seeds", type=int, default=3, help="of traces, simulated")
+    parser.add_argument("--real-duration", type=float, default=25.0)
+    parser.add_argument("--real-rate", type=float, default=3.0, help="to begin with")
     arguments: Any = parser.parse_args()
-    with Console().status("serving and simulating"):
-        served, costs = real(arguments.real_duration, arguments.real_rate)
-        played = simulated(costs, arguments.workers, arguments.duration)
+    served = real(arguments.real_duration, arguments.real_rate)
+    costs = measure_large_costs()
+    played = [
+        simulated(costs, arguments.workers, arguments.duration, seed)
+        for seed in range(arguments.seeds)
+    ]
     name = f"{arguments.workers} workers simulated"
     rows = [
         *rows_of(name, played, over_top=2.0, over_best=1.2),
-        *rows_of("for real", served, over_top=1.5, over_best=1.0),
+        *rows_of("for real", [served], over_top=1.5, over_best=1.0),
     ]
     show("goodput: requests/s with 90% inside their SLA", rows)
     if HAS_MATPLOTLIB:
-        for where, found in ((name, played), ("for real", served)):
+        for where, found in ((name, played[0]), ("for real", served)):
             print(f"written to {save_plot(where, found)}")
     else:
         print(NO_PLOTS)

@@ -1,0 +1,42 @@
+"""What the work of a model takes that one would want many workers for, measured on this machine."""
+
+from __future__ import annotations
+
+from colm_serve.engine.loading import make_pool, to_serving
+from colm_serve.engine.prefill_cost import measure_prefill_cost
+from colm_serve.engine.step import measure_step_cost
+from colm_serve.model.checkpoint import LoadedModel
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.transformer import ColmModel
+from colm_serve.simulate.costs import PassCosts, StepCosts, WorkerCosts
+
+CONFIG = ColmConfig(
+    vocab_size=32000, chains=(8, 8, 8, 8), d_model=2048, d_ff=8192, num_layers=8, num_heads=32,
+    num_kv_heads=8, head_dim=64, max_context=4096,
+)  # fmt: skip
+CHUNK_TOKENS = 512
+#: A link of 10 Gbit/s, and gRPC on it.
+LINK_BYTES_PER_S = 1.25e9
+HOP_S = 0.0005
+
+
+def measure_large_costs() -> WorkerCosts:
+    """Of `CONFIG` with random weights: its steps at each level, and its passes over prompts."""
+    model = to_serving(ColmModel(CONFIG))
+    pool = make_pool(LoadedModel(model, ""), num_pages=128, page_size=16)
+    step = measure_step_cost(model, pool)
+    prefill = measure_prefill_cost(model, pool, CHUNK_TOKENS)
+    kv_bytes = 4 * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
+    return WorkerCosts(
+        step=StepCosts(
+            chain_s=step.chain_s,
+            row_s=step.row_s,
+            wide_row_s=step.wide_row_s,
+            cached_token_s=step.cached_token_s,
+        ),
+        prefill=PassCosts(
+            pass_s=prefill.pass_s, token_s=prefill.token_s, attended_key_s=prefill.attended_key_s
+        ),
+        transfer_token_s=kv_bytes / LINK_BYTES_PER_S,
+        hop_s=HOP_S,
+    )
