@@ -73,9 +73,9 @@ def trace_of(rate_per_s: float, duration_s: float, seed: int) -> SyntheticTrace:
             "arrivals": {
                 "kind": "bursty",
                 "rate_per_s": rate_per_s,
-                "burst_ratio": 8,
-                "burst_s": 3,
-                "calm_s": 9,
+                "burst_ratio": 6,
+                "burst_s": 4,
+                "calm_s": 12,
             },
             "kinds": [
                 {
@@ -108,7 +108,7 @@ def simulated(
         say(f"simulated, seed {seed}, {policy}", rate_per_s, figures)
         return figures
 
-    first = num_workers / 2
+    first = 0.8 * num_workers
     levels = [f"level-{level}" for level in range(1, costs.num_levels + 1)]
     return {
         name: find_goodput(partial(play, name), first, num_halvings=4)
@@ -208,10 +208,10 @@ def save_plot(where: str, found: dict[str, Goodput]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=64, help="simulated")
-    parser.add_argument("--duration", type=float, default=60.0, help="of a trace, simulated")
+    parser.add_argument("--duration", type=float, default=90.0, help="of a trace, simulated")
     parser.add_argument("--seeds", type=int, default=3, help="of traces, simulated")
-    parser.add_argument("--real-duration", type=float, default=25.0)
-    parser.add_argument("--real-rate", type=float, default=3.0, help="to begin with")
+    parser.add_argument("--real-duration", type=float, default=20.0)
+    parser.add_argument("--real-rate", type=float, default=8.0, help="to begin with")
     arguments: Any = parser.parse_args()
     served = real(arguments.real_duration, arguments.real_rate)
     costs = measure_large_costs()

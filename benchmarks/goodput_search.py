@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from colm_serve.simulate.outcomes import Figures
 
 ATTAINMENT = 0.9
+STRIDE = 1.5
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Goodput:
 
 
 def find_goodput(play: Callable[[float], Figures], first: float, num_halvings: int) -> Goodput:
-    """Double or halve the rate from `first` until one is kept and one missed, then bisect."""
+    """Go up or down from `first` until a rate is kept and one missed, then bisect."""
     points: list[Point] = []
 
     def is_kept(rate: float) -> bool:
@@ -55,10 +56,10 @@ def find_goodput(play: Callable[[float], Figures], first: float, num_halvings: i
 
     low = high = first
     if is_kept(first):
-        while is_kept(high := high * 2):
+        while is_kept(high := high * STRIDE):
             low = high
     else:
-        while not is_kept(low := low / 2) and low > first / 64:
+        while not is_kept(low := low / STRIDE) and low > first / 64:
             high = low
     for _ in range(num_halvings):
         middle = (low + high) / 2
