@@ -36,7 +36,7 @@ from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.router.server import RouterService
 from colm_serve.simulate.outcomes import ClassOutcomes, Outcome
 from colm_serve.simulate.trace import Block, Trace, TracedRequest
-from colm_serve.transport.host import ServiceThread
+from colm_serve.transport.host import ServiceThread, settle_heap
 
 NUM_WORKERS = 2
 
@@ -107,6 +107,7 @@ def serve(kind: str, config: ClusterConfig, members: str) -> None:
         service = DecodeService(d_worker, config.decode)
         said["kv_identity"] = loaded.kv_identity
     host = ServiceThread(service)
+    settle_heap()
     if isinstance(service, RouterService):
         listed = (Member(WorkerKind(k), k, a, 1, i) for k, a, i in json.loads(members))
         service.update_membership(Membership(1, tuple(listed)))

@@ -58,7 +58,7 @@ from colm_serve.router.router import Router
 from colm_serve.router.server import RouterService
 from colm_serve.transport import serde
 from colm_serve.transport.channel import bind, connect, make_server
-from colm_serve.transport.host import ServiceThread
+from colm_serve.transport.host import ServiceThread, settle_heap
 
 KV_IDENTITY = "benchmark"
 MODEL = ModelFacts("benchmark", 4, 16384, 32000, KV_IDENTITY)
@@ -153,6 +153,7 @@ def serve(kind: str, worker_address: str) -> None:
         member = Member(WorkerKind.DECODE, "worker", worker_address, 1, KV_IDENTITY)
         service.update_membership(Membership(1, (member,)))
         address = service.grpc_address
+    settle_heap()
     print(json.dumps({"address": address}), flush=True)
     sys.stdin.read()
     host.stop()
@@ -282,6 +283,7 @@ def main() -> None:
     rows = []
     with Console().status("timing first tokens and decisions"):
         with serving("worker") as worker, serving("router", worker) as router:
+            settle_heap()
             rows += asyncio.run(measure_ttft(worker, router, arguments.requests))
         for num_workers in NUM_WORKERS:
             rows += measure_decisions(num_workers, arguments.decisions)

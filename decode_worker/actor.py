@@ -11,7 +11,7 @@ from colm_serve.core import Member, WorkerKind
 from colm_serve.decode_worker.service import DecodeService
 from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.engine.loading import load_for_serving
-from colm_serve.transport.host import ServiceThread
+from colm_serve.transport.host import ServiceThread, settle_heap
 
 
 class DecodeActor:
@@ -41,6 +41,7 @@ class DecodeActor:
         )
         service = DecodeService(self._worker, config.decode, config.tls)
         self._host = ServiceThread(service)
+        settle_heap()
         self._member = Member(
             WorkerKind.DECODE, worker_id, service.address, epoch, loaded.kv_identity, is_standby,
             variant,

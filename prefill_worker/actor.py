@@ -11,7 +11,7 @@ from colm_serve.core import Member, WorkerKind
 from colm_serve.engine.loading import load_for_serving
 from colm_serve.prefill_worker.service import PrefillService
 from colm_serve.prefill_worker.worker import PrefillWorker
-from colm_serve.transport.host import ServiceThread
+from colm_serve.transport.host import ServiceThread, settle_heap
 
 
 class PrefillActor:
@@ -24,6 +24,7 @@ class PrefillActor:
         self._worker = PrefillWorker(loaded, config.prefill, worker_id, epoch)
         service = PrefillService(self._worker, config.prefill, config.tls)
         self._host = ServiceThread(service)
+        settle_heap()
         self._member = Member(
             WorkerKind.PREFILL, worker_id, service.address, epoch, loaded.kv_identity
         )

@@ -8,7 +8,7 @@ from colm_serve.config import ClusterConfig
 from colm_serve.core import Membership
 from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.server import RouterService
-from colm_serve.transport.host import ServiceThread
+from colm_serve.transport.host import ServiceThread, settle_heap
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class RouterActor:
     def __init__(self, config: ClusterConfig) -> None:
         self._service = RouterService(config)
         self._host = ServiceThread(self._service)
+        settle_heap()
 
     def describe(self) -> RouterAddresses:
         return RouterAddresses(self._service.grpc_address, self._service.http_address)

@@ -7,6 +7,7 @@ from colm_serve.core import Member
 from colm_serve.decode_worker.actor import DecodeActor
 from colm_serve.engine.loading import return_freed_memory
 from colm_serve.prefill_worker.actor import PrefillActor
+from colm_serve.transport.host import settle_heap
 
 
 class ConvertibleActor:
@@ -33,6 +34,7 @@ class ConvertibleActor:
         prefill, self._worker = self._worker, DecodeActor(self._own_threads(), worker_id)
         prefill.stop()
         del prefill
+        settle_heap()
         return_freed_memory()
         return self._worker.describe()
 
@@ -54,6 +56,7 @@ class ConvertibleActor:
         if standby is not None:
             standby.stop()
             del standby
+            settle_heap()
             return_freed_memory()
 
     def stop(self) -> None:
