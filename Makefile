@@ -49,6 +49,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/router.py
 	$(BIN)/python benchmarks/simulator.py
 	$(BIN)/python benchmarks/goodput.py
+	$(BIN)/python benchmarks/chain_linear.py
+	$(BIN)/python benchmarks/chain_settings.py
+	$(BIN)/python benchmarks/chain_growth.py
 	$(BIN)/python benchmarks/update_readme.py
 
 clean:

@@ -1,29 +1,39 @@
-"""Write the README's table of figures from the JSON files under `results/`."""
+"""Write the figures of README.md and docs/paper-reproduction.md from the JSON files of `results/`.
+
+The README has every headline; the other page has, where it says `<!-- results: NAME -->`, every
+row of that benchmark.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from reporting import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
+REPRODUCTION = README.parent / "docs" / "paper-reproduction.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def table() -> str:
-    """Every row that has a target, in Markdown, with the machine it was measured on."""
+    """Every headline in Markdown, with the machine it was measured on."""
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
+        headlines = [row for row in result["rows"] if row["headline"]]
+        if not headlines:
+            continue
         lines += [
             f"`{result['benchmark']}`, {result['date']}, {result['machine']}:",
             "",
             "| figure | median | min to max | target | |",
             "|---|---:|---:|---:|---|",
         ]
-        lines += [_line(row) for row in result["rows"] if row["headline"]]
+        lines += [_line(row) for row in headlines]
         lines.append("")
     return "\n".join(lines)
 
@@ -42,5 +52,30 @@ def updated(readme: str) -> str:
     return f"{before}{BEGIN}\n{table()}{END}{after}"
 
 
+def reproduced(page: str) -> str:
+    """The text of the page on the paper with each benchmark's rows made anew."""
+    return _BLOCK.sub(lambda block: f"{block[1]}{_all_rows(block[2])}{block[3]}", page)
+
+
+def _all_rows(benchmark: str) -> str:
+    path = RESULTS / f"{benchmark}.json"
+    if not path.exists():
+        return f"Not measured yet: `python benchmarks/{benchmark}.py`.\n"
+    result = json.loads(path.read_text("utf-8"))
+    lines = [
+        f"`{result['command']}`, {result['date']}, {result['machine']}:",
+        "",
+        "| figure | median | min to max | |",
+        "|---|---:|---:|---|",
+    ]
+    for row in result["rows"]:
+        low, high = row["spread"]
+        spread = "" if low == high else f"{low:.4g} to {high:.4g}"
+        value = f"{row['value']:.4g} {row['unit']}".strip()
+        lines.append(f"| {row['name']} | {value} | {spread} | {row['note']} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     README.write_text(updated(README.read_text("utf-8")), "utf-8")
+    REPRODUCTION.write_text(reproduced(REPRODUCTION.read_text("utf-8")), "utf-8")
