@@ -179,7 +179,7 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: Path) -> TrainConfig:
-        """Read a YAML file.
+        """Read a YAML file; a relative `tuning.base` counts from its folder.
 
         Raises:
             InvalidConfig: not there, not YAML, an unknown key or a value that is not allowed.
@@ -192,6 +192,10 @@ class TrainConfig:
             raise InvalidConfig("config", str(path), f"YAML ({error})") from error
         if not isinstance(raw, dict):
             raise InvalidConfig("config", str(path), "a mapping of keys to values")
+        tuning = raw.get("tuning")
+        if isinstance(tuning, dict) and isinstance(tuning.get("base"), str):
+            base = str((path.parent / tuning["base"]).resolve())
+            raw = {**raw, "tuning": {**tuning, "base": base}}
         return cls.from_dict(raw)
 
 

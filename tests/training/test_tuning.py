@@ -190,6 +190,17 @@ def test_what_cannot_be_tuned_is_refused(
         recipe_for(expanded, **changes)
 
 
+def test_a_recipe_s_base_counts_from_the_recipe_s_folder(expanded: Path) -> None:
+    config = recipe_for(expanded)
+    recipe = expanded.parent / "recipes" / "tune.yaml"
+    recipe.parent.mkdir()
+    raw = config.to_dict() | {"model": None, "tuning": {"base": "../expanded"}}
+    recipe.write_text(json.dumps(raw), "utf-8")
+    assert TrainConfig.load(recipe) == config
+    config.save(recipe)
+    assert TrainConfig.load(recipe) == config, "an absolute path stays"
+
+
 def test_another_model_s_recipe_is_refused(expanded: Path, tmp_path: Path) -> None:
     config = replace(recipe_for(expanded), model=replace(ONE_CHAIN, chains=(2, 2)))
     with pytest.raises(InvalidConfig, match=r"model: .*allowed: what .*expanded/config\.json has"):
