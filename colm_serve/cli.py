@@ -114,6 +114,7 @@ def status(address: Address = "127.0.0.1:50051", api_key: ApiKey = None) -> None
     table = Table(title=f"{state.model}: {state.num_levels} levels")
     for column in (
         "worker",
+        "variant",
         "address",
         "reachable",
         "running",
@@ -125,6 +126,7 @@ def status(address: Address = "127.0.0.1:50051", api_key: ApiKey = None) -> None
     for worker in state.workers:
         table.add_row(
             worker.worker_id,
+            worker.variant,
             worker.address,
             "yes" if worker.is_reachable else "[red]no[/red]",
             str(worker.num_running),

@@ -24,6 +24,7 @@ class WorkerState:
     num_free_pages: int
     num_pages: int
     num_preemptions: int
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,5 @@ def _worker_state(record: WorkerRecord) -> WorkerState:
         num_free_pages=0 if status is None else status.num_free_pages,
         num_pages=0 if status is None else status.num_pages,
         num_preemptions=num_preemptions,
+        variant=member.variant,
     )

@@ -214,6 +214,7 @@ def cluster_status_to_proto(status: ClusterStatus) -> generation_pb2.ClusterStat
                 num_free_pages=worker.num_free_pages,
                 num_pages=worker.num_pages,
                 num_preemptions=worker.num_preemptions,
+                variant=worker.variant,
             )
             for worker in status.workers
         ],
@@ -237,6 +238,7 @@ def cluster_status_from_proto(message: generation_pb2.ClusterStatus) -> ClusterS
                 num_free_pages=worker.num_free_pages,
                 num_pages=worker.num_pages,
                 num_preemptions=worker.num_preemptions,
+                variant=worker.variant,
             )
             for worker in message.workers
         ),

@@ -154,6 +154,8 @@ async def test_models_are_listed_and_unknown_ones_are_404(
             ("chat", 3),
             ("code", 4),
         ]
+        shown = {w.worker_id: w.variant for w in (await here.client.status()).workers}
+        assert shown == {"p": "", "base": "", "chat": "chat", "code": "code"}
         body = {"prompt": [5, 6, 7], "max_tokens": 2, "model": "code", "level": 4}
         assert (await here.http.post("/v1/completions", json=body)).json()["model"] == "code"
         refused = await here.http.post("/v1/completions", json={**body, "model": "chat"})

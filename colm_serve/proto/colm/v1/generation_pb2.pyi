@@ -147,7 +147,7 @@ class ClusterStatus(_message.Message):
     def __init__(self, model: _Optional[str] = ..., num_levels: _Optional[int] = ..., membership_version: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("kind", "worker_id", "address", "epoch", "is_reachable", "num_running", "num_waiting", "num_free_pages", "num_pages", "num_preemptions")
+    __slots__ = ("kind", "worker_id", "address", "epoch", "is_reachable", "num_running", "num_waiting", "num_free_pages", "num_pages", "num_preemptions", "variant")
     KIND_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +158,7 @@ class WorkerState(_message.Message):
     NUM_FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
     kind: str
     worker_id: str
     address: str
@@ -168,4 +169,5 @@ class WorkerState(_message.Message):
     num_free_pages: int
     num_pages: int
     num_preemptions: int
-    def __init__(self, kind: _Optional[str] = ..., worker_id: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., is_reachable: bool = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    variant: str
+    def __init__(self, kind: _Optional[str] = ..., worker_id: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., is_reachable: bool = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., variant: _Optional[str] = ...) -> None: ...
