@@ -24,19 +24,10 @@ def measure_large_costs() -> WorkerCosts:
     """Of `CONFIG` with random weights: its steps at each level, and its passes over prompts."""
     model = to_serving(ColmModel(CONFIG))
     pool = make_pool(LoadedModel(model, ""), num_pages=128, page_size=16)
-    step = measure_step_cost(model, pool)
-    prefill = measure_prefill_cost(model, pool, CHUNK_TOKENS)
     kv_bytes = 4 * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
     return WorkerCosts(
-        step=StepCosts(
-            chain_s=step.chain_s,
-            row_s=step.row_s,
-            wide_row_s=step.wide_row_s,
-            cached_token_s=step.cached_token_s,
-        ),
-        prefill=PassCosts(
-            pass_s=prefill.pass_s, token_s=prefill.token_s, attended_key_s=prefill.attended_key_s
-        ),
+        step=StepCosts.of(measure_step_cost(model, pool)),
+        prefill=PassCosts.of(measure_prefill_cost(model, pool, CHUNK_TOKENS)),
         transfer_token_s=kv_bytes / LINK_BYTES_PER_S,
         hop_s=HOP_S,
     )

@@ -62,19 +62,9 @@ def costs_of(statuses: Sequence[DecodeStatus | PrefillStatus], hop_s: float) -> 
     if decode is None or prefill is None:
         kind = "decode" if decode is None else "prefill"
         raise Unavailable(f"no {kind} worker answers, so that nothing is known of its costs")
-    step = decode.step_cost
     return WorkerCosts(
-        step=StepCosts(
-            chain_s=step.chain_s,
-            row_s=step.row_s,
-            wide_row_s=step.wide_row_s,
-            cached_token_s=step.cached_token_s,
-        ),
-        prefill=PassCosts(
-            pass_s=prefill.cost.pass_s,
-            token_s=prefill.cost.token_s,
-            attended_key_s=prefill.cost.attended_key_s,
-        ),
+        step=StepCosts.of(decode.step_cost),
+        prefill=PassCosts.of(prefill.cost),
         transfer_token_s=decode.transfer_cost.token_s,
         hop_s=hop_s,
     )

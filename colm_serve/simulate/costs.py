@@ -36,6 +36,16 @@ class StepCosts(_Frozen):
                 )
         return self
 
+    @classmethod
+    def of(cls, cost: StepCost) -> StepCosts:
+        """What a worker tells, or has measured."""
+        return cls(
+            chain_s=cost.chain_s,
+            row_s=cost.row_s,
+            wide_row_s=cost.wide_row_s,
+            cached_token_s=cost.cached_token_s,
+        )
+
     @property
     def step_cost(self) -> StepCost:
         return StepCost(self.chain_s, self.row_s, self.wide_row_s, self.cached_token_s)
@@ -47,6 +57,11 @@ class PassCosts(_Frozen):
     pass_s: Seconds = 0.0
     token_s: float = Field(gt=0)
     attended_key_s: Seconds = 0.0
+
+    @classmethod
+    def of(cls, cost: PrefillCost) -> PassCosts:
+        """What a worker tells, or has measured."""
+        return cls(pass_s=cost.pass_s, token_s=cost.token_s, attended_key_s=cost.attended_key_s)
 
     def seconds(self, num_tokens: int, num_attended_keys: int) -> float:
         return self.pass_s + self.token_s * num_tokens + self.attended_key_s * num_attended_keys
