@@ -31,6 +31,7 @@ RANK = {group: rank for rank, groups in enumerate(LAYERS) for group in groups}
 PURE = (
     "cluster/placement.py",
     "cluster/scaling.py",
+    "config/planner.py",
     "core.py",
     "errors.py",
     "grammar.py",
@@ -134,6 +135,17 @@ def test_the_whole_system_is_looked_at() -> None:
 def test_a_layer_imports_only_lower_ones(source: Source) -> None:
     for group in of_ours(source) - {source.group}:
         assert RANK[group] < RANK[source.group], f"{source.name} imports {group}"
+
+
+@pytest.mark.parametrize("package", ["config"])
+def test_what_is_shared_is_imported_by_one_name(package: str) -> None:
+    parts = {
+        f"colm_serve.{source.name.removesuffix('.py').replace('/', '.')}"
+        for source in SOURCES
+        if source.group == package
+    }
+    for source in SOURCES:
+        assert source.group == package or not parts & set(source.imports), source.name
 
 
 def test_the_workers_and_the_router_do_not_know_each_other() -> None:

@@ -1,0 +1,44 @@
+"""Service-level agreement classes: what kinds of requests are promised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field, model_validator
+
+from colm_serve.config.section import Count, Seconds, Section
+
+
+class SlaClass(Section):
+    """What a kind of request is promised, and the chain levels it may run at.
+
+    The router takes the highest level inside the bounds at which the targets hold; with no
+    targets that is `max_level`. Where not everybody can have it, those of more `weight` have more.
+    """
+
+    ttft_ms: float | None = Field(default=None, gt=0)
+    tpot_ms: float | None = Field(default=None, gt=0)
+    min_level: Count = 1
+    max_level: Count | None = None
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    deadline_s: Seconds = Field(default=300.0, description="from receipt to the last token")
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> SlaClass:
+        if self.max_level is not None and self.min_level > self.max_level:
+            raise ValueError(f"min_level {self.min_level} is above max_level {self.max_level}")
+        return self
+
+
+#: What there is without any config.
+SLA_CLASSES = {
+    "default": SlaClass(),
+    "interactive": SlaClass(ttft_ms=1000, tpot_ms=100, weight=4, deadline_s=60),
+    "batch": SlaClass(weight=0.25, deadline_s=3600),
+}
+
+
+def light_classes(sla_classes: Mapping[str, SlaClass]) -> frozenset[str]:
+    """The names of those that have less weight than another."""
+    most = max(sla.weight for sla in sla_classes.values())
+    return frozenset(name for name, sla in sla_classes.items() if sla.weight < most)
