@@ -1,0 +1,53 @@
+"""The plain values that travel between the rooms. No torch, grpc or ray here.
+
+Protobuf objects become these at `transport.serde` and go no further.
+"""
+
+from colm_serve.core.costs import PrefillCost, StepCost, TransferCost
+from colm_serve.core.decode_call import (
+    Admitted,
+    Decoded,
+    DecodedToken,
+    DecodeEvent,
+    DecodeRequest,
+    FinishReason,
+    MoveLevel,
+    PrefillPeer,
+    ScoredPrompt,
+    StageTimings,
+)
+from colm_serve.core.kv_layout import KvLayout
+from colm_serve.core.logprobs import Logprobs, TokenLogprob
+from colm_serve.core.membership import Member, Membership, WorkerKind
+from colm_serve.core.prefill_call import PrefillRequest, SegmentName
+from colm_serve.core.sampling import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from colm_serve.core.status import DecodeStatus, PrefillStatus
+
+__all__ = [
+    "MAX_LOGPROBS",
+    "MAX_SEED",
+    "Admitted",
+    "DecodeEvent",
+    "DecodeRequest",
+    "DecodeStatus",
+    "Decoded",
+    "DecodedToken",
+    "FinishReason",
+    "KvLayout",
+    "Logprobs",
+    "Member",
+    "Membership",
+    "MoveLevel",
+    "PrefillCost",
+    "PrefillPeer",
+    "PrefillRequest",
+    "PrefillStatus",
+    "SamplingParams",
+    "ScoredPrompt",
+    "SegmentName",
+    "StageTimings",
+    "StepCost",
+    "TokenLogprob",
+    "TransferCost",
+    "WorkerKind",
+]
