@@ -108,7 +108,7 @@ class Failover:
                 self._metrics.circuit_opened()
         if isinstance(error, Unavailable):
             self._view.set_unreachable(placement.decode)
-        if running.reason_to_end() is not None:
+        if running.output.reason_to_end() is not None:
             return
         if running.num_attempts >= self._max_attempts:
             raise error

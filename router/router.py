@@ -1,8 +1,7 @@
-"""Brings a request through the cluster: check, place, stream, and fail over."""
+"""The router: lets requests in, checks them, has them served and counts what came of it."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -10,17 +9,10 @@ from contextlib import aclosing
 from functools import partial
 
 from colm_serve.config import ClusterConfig
-from colm_serve.core import Admitted, Decoded, DecodedToken, FinishReason, Membership, ScoredPrompt
-from colm_serve.errors import (
-    ColmError,
-    DataLoss,
-    DeadlineExceeded,
-    InvalidArgument,
-    ResourceExhausted,
-    Unavailable,
-    UnknownModel,
-)
+from colm_serve.core import Membership
+from colm_serve.errors import ColmError, InvalidArgument, UnknownModel
 from colm_serve.router.admission import Admission
+from colm_serve.router.attempts import Attempts
 from colm_serve.router.cluster_status import ClusterStatus, cluster_status
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.demand_meter import DemandMeter
@@ -30,16 +22,13 @@ from colm_serve.router.level_loop import LevelLoop
 from colm_serve.router.lifecycle import Clock, Lifecycle
 from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.output import Output
 from colm_serve.router.overload import PATIENCE_S
 from colm_serve.router.placer import Placer
-from colm_serve.router.placing.policy import Placement, make_policy
+from colm_serve.router.placing.policy import make_policy
 from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.poller import StatusPoller
-from colm_serve.router.request import (
-    Finished,
-    GenerationEvent,
-    GenerationRequest,
-)
+from colm_serve.router.request import Finished, GenerationEvent, GenerationRequest
 from colm_serve.router.running import RunningRequest
 from colm_serve.router.served_model import ServedModel
 from colm_serve.router.tenants import ANYBODY, Tenant, Tenants
@@ -78,6 +67,7 @@ class Router:
         )
         self._metrics = Metrics()
         self._failover = Failover(config, self.view, policy, self._metrics, clock)
+        self._attempts = Attempts(self.view, self._clients, self._failover)
         placed: set[str] = set()
         make_placer = partial(
             Placer,
@@ -135,7 +125,7 @@ class Router:
                 self._failover.request_came()
                 try:
                     ticket.reserve(len(running.checked.prompt), running.checked.sampling.max_tokens)
-                    async with aclosing(self._serve(running, model.placer)) as events:
+                    async with aclosing(self._attempts.serve(running, model.placer)) as events:
                         async for event in events:
                             self._metrics.event(event, lifecycle)
                             if isinstance(event, Finished):
@@ -214,89 +204,7 @@ class Router:
         checked = await model.validator.check(request, tenant.config.sla_classes)
         request_id = uuid.uuid4().hex
         detokenizer = Detokenizer(model.decode_text, checked.stop, checked.sampling.min_tokens)
-        running = RunningRequest(
-            request_id, checked, model.facts, detokenizer, model.token_bytes, lifecycle, tenant
-        )
+        output = Output(checked, model.facts.eos_token_ids, detokenizer, model.token_bytes)
+        running = RunningRequest(request_id, checked, model.facts, output, lifecycle, tenant)
         self._running[request_id] = running
         return running
-
-    async def _serve(
-        self, running: RunningRequest, placer: Placer
-    ) -> AsyncGenerator[GenerationEvent, None]:
-        """Attempts, one after another, until one comes to the end."""
-        while (reason := running.reason_to_end()) is None:
-            placement = await self._place(running, placer)
-            try:
-                async with aclosing(self._attempt(running, placement)) as events:
-                    async for event in events:
-                        if isinstance(event, Finished):
-                            self._failover.succeeded(placement)
-                        yield event
-                return
-            except (Unavailable, DataLoss, ResourceExhausted) as error:
-                await self._failover.failed(running, placement, error)
-        # The worker was gone after the last token, before it could say that it was the last.
-        yield running.finished(reason, None)
-
-    async def _attempt(
-        self, running: RunningRequest, placement: Placement
-    ) -> AsyncGenerator[GenerationEvent, None]:
-        """One Decode call; raises what ended it, unless the request has come to its end."""
-        request, work = running.placed(placement)
-        call = running.call = self._clients.decode(placement.decode, running.remaining_s)
-        self.view.place(running.request_id, placement, work, request.prompt, request.cache_salt)
-        has_prompt = False
-        try:
-            async with aclosing(call.events(request)) as events:
-                async for event in events:
-                    match event:
-                        case Admitted():
-                            self.view.admitted(running.request_id, placement)
-                            if (started := running.admitted(event)) is not None:
-                                yield started
-                        case ScoredPrompt():
-                            yield running.scored(event)
-                            if running.is_scored_only:
-                                yield running.finished(FinishReason.LENGTH, None)
-                                return
-                        case DecodedToken():
-                            if not has_prompt:
-                                has_prompt = True
-                                self.view.prefilled(running.request_id, placement)
-                            yield running.token(event)
-                            if running.is_stopped:
-                                yield running.finished(FinishReason.STOP, None)
-                                return
-                        case Decoded():
-                            yield running.finished(event.reason, event)
-                            return
-            raise DataLoss(f"{placement.decode.worker_id}: the stream ended before the request")
-        finally:
-            call.cancel()
-            running.call = None
-            # The last token has no keys and values yet.
-            self.view.cached(placement.decode, running.tokens[:-1], request.cache_salt)
-            self.view.release(running.request_id, placement)
-
-    async def _place(self, running: RunningRequest, placer: Placer) -> Placement:
-        """Where to go next.
-
-        A client that has had tokens is owed the rest: its request stands in no line, and waits
-        until its deadline.
-        """
-        if not running.is_resuming:
-            return await placer.place(running)
-        patience_s = running.remaining_s
-        trouble: ColmError | None = None
-        try:
-            async with asyncio.timeout(patience_s):
-                while True:
-                    change = self.view.change()
-                    try:
-                        return self._failover.decide(running)
-                    except (Unavailable, ResourceExhausted) as error:
-                        trouble = error
-                    await change.wait()
-                    running.refused_by = frozenset()
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"{trouble}; waited {patience_s:.1f} s") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from colm_serve.core import (
@@ -11,17 +10,13 @@ from colm_serve.core import (
     DecodedToken,
     DecodeRequest,
     FinishReason,
-    Logprobs,
     Member,
     PrefillPeer,
-    SamplingParams,
-    ScoredPrompt,
     StageTimings,
-    TokenLogprob,
 )
-from colm_serve.router.detokenizer import Detokenizer, Piece
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.output import Output
 from colm_serve.router.placing.facts import Placement, RequestFacts
 from colm_serve.router.placing.latency_model import Prediction
 from colm_serve.router.placing.level_moves import Row, step_limit_s
@@ -40,34 +35,27 @@ class RunningRequest:
         request_id: str,
         checked: CheckedRequest,
         model: ModelFacts,
-        detokenizer: Detokenizer,
-        token_bytes: Callable[[int], bytes],
+        output: Output,
         lifecycle: Lifecycle,
         tenant: Tenant = ANYBODY,
     ) -> None:
         self.request_id = request_id
         self.checked = checked
+        self.output = output
         self.lifecycle = lifecycle
         self.tenant = tenant
         self.call: DecodeCall | None = None
         self.num_attempts = 0
         self.refused_by: frozenset[Member] = frozenset()
         self.failed_at: frozenset[Member] = frozenset()
-        self.is_stopped = False
         self.is_brownout = False  # served below its level because of load
         self.prediction: Prediction | None = None
         self._worker: Member | None = None
         self._is_admitted = False  # by that worker
         self._model = model
-        self._detokenizer = detokenizer
-        self._token_bytes = token_bytes
-        self._ending_token_ids = checked.sampling.ending_token_ids(model.eos_token_ids)
-        self._output: list[int] = []
         self._level: int | None = None
         self._is_level_set = False
         self._num_cached = 0
-        self._num_scored = 0
-        self._num_scored_by_call = 0
 
     @property
     def model_name(self) -> str:
@@ -76,12 +64,12 @@ class RunningRequest:
     @property
     def is_resuming(self) -> bool:
         """Whether the client has had tokens, so that the rest are owed to it."""
-        return bool(self._output)
+        return self.output.num_tokens > 0
 
     @property
     def num_used_tokens(self) -> int:
         """Prompt and output, once a worker has taken the request; 0 before."""
-        return len(self.tokens) if self.lifecycle.has(Stage.ADMITTED) else 0
+        return len(self.output.tokens) if self.lifecycle.has(Stage.ADMITTED) else 0
 
     @property
     def remaining_s(self) -> float:
@@ -105,8 +93,8 @@ class RunningRequest:
         if self._level is not None and (self.is_resuming or self._is_level_set):
             low, high = min(low, self._level), self._level
         return RequestFacts(
-            prompt=self.tokens,
-            max_tokens=self._max_tokens,
+            prompt=self.output.tokens,
+            max_tokens=self.output.max_tokens_left,
             min_level=high if self._is_level_set else low,
             max_level=high,
             ttft_s=None if self.is_resuming else self.checked.ttft_s,
@@ -141,17 +129,17 @@ class RunningRequest:
         self._is_admitted = False
         if not self._is_on_standby:
             self._level = placement.level
-        self._num_scored_by_call = 0
+        self.output.begin_call()
         self.lifecycle.reach(Stage.PLACED)
-        prompt, max_tokens = self.tokens, self._max_tokens
+        prompt = self.output.tokens
         request = DecodeRequest(
             request_id=self.request_id,
             prompt=prompt,
             level=placement.level,
-            sampling=self._sampling_left(),
+            sampling=self.output.sampling_left(),
             prefill_peers=tuple(PrefillPeer(m.address, m.epoch) for m in placement.prefill),
             kv_identity=self._model.kv_identity,
-            num_resumed_tokens=len(self._output),
+            num_resumed_tokens=self.output.num_tokens,
             cache_salt=self.checked.cache_salt,
             ttft_s=self.remaining_ttft_s,
             variant=self._model.variant,
@@ -159,24 +147,11 @@ class RunningRequest:
         work = Work(
             level=placement.level,
             num_prompt_tokens=len(prompt),
-            max_tokens=max_tokens,
+            max_tokens=self.output.max_tokens_left,
             tpot_s=self.checked.tpot_s,
             min_level=placement.level if self._is_level_set else self.checked.min_level,
         )
         return request, work
-
-    def _sampling_left(self) -> SamplingParams:
-        """How to go on: draws are keyed by (seed, position), so they continue where they were."""
-        sampling = self.checked.sampling
-        if not self.is_resuming and not self._num_scored:
-            return sampling
-        is_scored = self._num_scored == len(self.checked.prompt)
-        return replace(
-            sampling,
-            max_tokens=self._max_tokens,
-            min_tokens=max(0, sampling.min_tokens - len(self._output)),
-            prompt_logprobs=None if is_scored else sampling.prompt_logprobs,
-        )
 
     @property
     def worker(self) -> Member | None:
@@ -194,8 +169,8 @@ class RunningRequest:
         step_s = step_limit_s(
             tpot_s=checked.tpot_s,
             decode_s=self.lifecycle.decode_s(),
-            num_done=max(0, len(self._output) - 1),
-            num_left=self._max_tokens,
+            num_done=max(0, self.output.num_tokens - 1),
+            num_left=self.output.max_tokens_left,
             remaining_s=self.remaining_s,
         )
         return Row(
@@ -203,7 +178,7 @@ class RunningRequest:
             level=level,
             min_level=checked.min_level if may_move else level,
             max_level=checked.max_level if may_move else level,
-            num_attended=len(checked.prompt) + len(self._output),
+            num_attended=len(checked.prompt) + self.output.num_tokens,
             step_limit_s=step_s,
             weight=checked.weight,
         )
@@ -233,42 +208,13 @@ class RunningRequest:
         assert level is not None, "a request is placed before it is admitted"
         return Started(self.request_id, self._model.name, level, self.is_brownout)
 
-    def scored(self, event: ScoredPrompt) -> ScoredPrompt:
-        """The scores that the client has not had from a call before."""
-        num_had = max(0, self._num_scored - self._num_scored_by_call)
-        self._num_scored_by_call += len(event.logprobs)
-        new = event.logprobs[num_had:]
-        self._num_scored += len(new)
-        return ScoredPrompt(tuple(map(self._with_bytes, new)))
-
-    @property
-    def is_scored_only(self) -> bool:
-        """The prompt has been scored, and that is all there was to do."""
-        return self.checked.is_scored_only and self._num_scored == len(self.checked.prompt)
-
     def token(self, event: DecodedToken) -> Token:
         self.lifecycle.token()
-        self._output.append(event.token_id)
-        piece = self._detokenizer.push(event.token_id)
-        self.is_stopped = piece.is_stop
-        logprobs = None if event.logprobs is None else self._with_bytes(event.logprobs)
-        return Token(event.token_id, piece.text, event.level, logprobs)
-
-    def reason_to_end(self) -> FinishReason | None:
-        """Why no more tokens are owed, should the decode worker be gone before it said so."""
-        if self.is_stopped:
-            return FinishReason.STOP
-        if self.is_scored_only:
-            return FinishReason.LENGTH
-        if not self._output:
-            return None
-        if self._output[-1] in self._ending_token_ids:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if self._max_tokens == 0 else None
+        return self.output.token(event)
 
     def finished(self, reason: FinishReason, decoded: Decoded | None) -> Finished:
         """The last event; `decoded` is the worker's account, where it gave one."""
-        piece = Piece("") if self.is_stopped else self._detokenizer.flush()
+        piece = self.output.last_piece()
         self.lifecycle.reach(Stage.FINISHED)
         num_shipped = 0 if decoded is None else decoded.num_shipped_tokens
         ttft_s = self.lifecycle.between_s(Stage.RECEIVED, Stage.FIRST_TOKEN) or 0.0
@@ -280,23 +226,8 @@ class RunningRequest:
                 num_prompt_tokens=len(self.checked.prompt),
                 num_cached_tokens=self._num_cached,
                 num_shipped_tokens=min(num_shipped, len(self.checked.prompt)),
-                num_output_tokens=len(self._output),
+                num_output_tokens=self.output.num_tokens,
             ),
             timings=replace(timings, ttft_s=ttft_s),
             text=piece.text,
         )
-
-    def _with_bytes(self, logprobs: Logprobs) -> Logprobs:
-        def with_bytes(entry: TokenLogprob) -> TokenLogprob:
-            return replace(entry, token=self._token_bytes(entry.token_id))
-
-        return Logprobs(with_bytes(logprobs.chosen), tuple(map(with_bytes, logprobs.top)))
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The prompt and the output so far."""
-        return (*self.checked.prompt, *self._output)
-
-    @property
-    def _max_tokens(self) -> int:
-        return self.checked.sampling.max_tokens - len(self._output)
