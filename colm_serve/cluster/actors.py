@@ -23,3 +23,79 @@ _CLASSES: dict[Role, type] = {
     Role.DECODE: DecodeActor,
 }
 _CALL_TIMEOUT_S = 10.0
+
+
+class Actors:
+    """The actors by slot; belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._actors: dict[Slot, Any] = {}
+
+    def __contains__(self, slot: Slot) -> bool:
+        return slot in self._actors
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Those that have an actor."""
+        return tuple(self._actors)
+
+    def make(
+        self, slot: Slot, place: PlacementGroupSchedulingStrategy, arguments: tuple[Any, ...]
+    ) -> None:
+        """Put a fresh actor into a slot; whether it has come up, the first call says."""
+        options = {
+            "num_cpus": slot.num_cpus,
+            "num_gpus": slot.num_gpus,
+            "max_concurrency": 4,
+            "runtime_env": {"env_vars": slot.environment},
+            "scheduling_strategy": place,
+        }
+        actor = ray.remote(_CLASSES[slot.role]).options(**options)
+        self._actors[slot] = actor.remote(*arguments)
+
+    async def call(
+        self, slot: Slot, method: str, *arguments: object, timeout_s: float = _CALL_TIMEOUT_S
+    ) -> Any:
+        """Call a method of a slot's actor.
+
+        Raises:
+            Unavailable: it is gone, or does not answer in time.
+            ColmError: what it raised.
+        """
+        actor = self._actors.get(slot)
+        if actor is None:
+            raise Unavailable(f"{slot.worker_id} is gone")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await getattr(actor, method).remote(*arguments)
+        except TimeoutError as error:
+            raise Unavailable(f"{slot.worker_id}: no {method} within {timeout_s} s") from error
+        except ray.exceptions.RayError as error:
+            raise _reason(slot, error) from error
+
+    def hand_over(self, slot: Slot, successor: Slot) -> None:
+        """The actor in one slot is another's."""
+        self._actors[successor] = self._actors.pop(slot)
+
+    def kill(self, slot: Slot) -> None:
+        """Give what is in a slot, if anything, no time to end."""
+        if (actor := self._actors.pop(slot, None)) is not None:
+            ray.kill(actor)
+
+    async def end(self, slot: Slot) -> None:
+        """Have the actor in a slot stop, and kill it if it does not."""
+        try:
+            await self.call(slot, "stop")
+        except ColmError as error:
+            logger.warning("%s did not stop by itself: %s", slot.worker_id, error)
+        ray.kill(self._actors.pop(slot))
+
+
+def _reason(slot: Slot, error: ray.exceptions.RayError) -> ColmError:
+    """The error that an actor raised, out of Ray's wrapping."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ColmError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return Unavailable(f"{slot.worker_id}: {error}")

@@ -54,7 +54,7 @@ class Controller:
 
     async def plan(self) -> Plan | None:
         """Plan for the load of late and act on it; None while nothing is known of the costs."""
-        demands, costs = await self._fleet.call(self._fleet.router, "load")
+        demands, costs = await self._fleet.load()
         if costs is None:
             return None
         num_prefill, num_decode = self._counts()

@@ -1,4 +1,4 @@
-"""The cluster's actors: fill slots, replace the dead, let workers go, and tell the router.
+"""The cluster's slots: fill them, replace the dead, let workers go, and tell the router.
 
 Ray places and ends processes; requests and KV never pass through here.
 """
@@ -11,25 +11,17 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import ray
-
-from colm_serve.cluster.convertible import ConvertibleActor
+from colm_serve.cluster.actors import Actors
 from colm_serve.cluster.placement import Role, Slot, further_slot, slots_of
 from colm_serve.cluster.places import Places
 from colm_serve.config import ClusterConfig
 from colm_serve.core import Member, Membership
-from colm_serve.decode_worker.actor import DecodeActor
 from colm_serve.errors import ColmError, Unavailable
-from colm_serve.router.actor import RouterActor, RouterAddresses
+from colm_serve.router.actor import RouterAddresses
+from colm_serve.router.planner import Demand, WorkerCosts
 
 logger = logging.getLogger(__name__)
 
-_ACTORS: dict[Role, type] = {
-    Role.ROUTER: RouterActor,
-    Role.PREFILL: ConvertibleActor,
-    Role.DECODE: DecodeActor,
-}
-_CALL_TIMEOUT_S = 10.0
 _MAX_BACKOFF_S = 30.0
 _IDLE_POLL_S = 0.1
 
@@ -45,7 +37,7 @@ class Fleet:
         self._slots = list(slots_of(config))
         self._num_made = Counter(slot.role for slot in self._slots)
         self._places = Places(config.ray.start_timeout_s)
-        self._actors: dict[Slot, Any] = {}
+        self._actors = Actors()
         self._members: dict[Slot, Member] = {}
         self._standbys: dict[Slot, Member] = {}
         self._draining: set[Member] = set()
@@ -74,8 +66,8 @@ class Fleet:
         """Stop the router, then the workers, then give the resources back."""
         await asyncio.gather(*(self._leave_alone(slot) for slot in self._slots))
         if self.router in self._actors:
-            await self._end(self.router)
-        await asyncio.gather(*(self._end(slot) for slot in tuple(self._actors)))
+            await self._actors.end(self.router)
+        await asyncio.gather(*(self._actors.end(slot) for slot in self._actors.slots))
         self._places.close()
 
     @property
@@ -105,25 +97,15 @@ class Fleet:
     def has_member(self, slot: Slot) -> bool:
         return slot in self._members
 
-    async def call(
-        self, slot: Slot, method: str, *arguments: object, timeout_s: float = _CALL_TIMEOUT_S
-    ) -> Any:
-        """Call a method of a slot's actor.
+    async def load(self) -> tuple[tuple[Demand, ...], WorkerCosts | None]:
+        """What a planner decides on, as the router knows it.
 
         Raises:
             Unavailable: it is gone, or does not answer in time.
             ColmError: what it raised.
         """
-        actor = self._actors.get(slot)
-        if actor is None:
-            raise Unavailable(f"{slot.worker_id} is gone")
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await getattr(actor, method).remote(*arguments)
-        except TimeoutError as error:
-            raise Unavailable(f"{slot.worker_id}: no {method} within {timeout_s} s") from error
-        except ray.exceptions.RayError as error:
-            raise _reason(slot, error) from error
+        demands, costs = await self._actors.call(self.router, "load")
+        return demands, costs
 
     async def add(self, role: Role) -> None:
         """A further worker, in a place that another has left or a new one; raises as `start`."""
@@ -157,7 +139,9 @@ class Fleet:
         if (prefill := self._members.get(slot)) is not None:
             await self.drain(prefill)
         try:
-            member = await self.call(slot, "become_decode", decode.worker_id, timeout_s=timeout_s)
+            member = await self._actors.call(
+                slot, "become_decode", decode.worker_id, timeout_s=timeout_s
+            )
         except ColmError:
             await self._evict(slot)
             self._supervise(slot)
@@ -166,7 +150,7 @@ class Fleet:
         self._withdraw(slot)
         self._slots.remove(slot)
         self._slots.append(decode)
-        self._actors[decode] = self._actors.pop(slot)
+        self._actors.hand_over(slot, decode)
         self._places.hand_over(slot, decode)
         self._members[decode] = member
         await self._publish()
@@ -185,31 +169,27 @@ class Fleet:
             await self._publish()
 
     async def start_standby(self, slot: Slot) -> None:
-        """Have a prefill worker's process decode too; raises as `call`."""
+        """Have a prefill worker's process decode too; raises as `load`."""
         timeout_s = self._config.ray.start_timeout_s
-        self._standbys[slot] = await self.call(slot, "start_standby", timeout_s=timeout_s)
+        self._standbys[slot] = await self._actors.call(slot, "start_standby", timeout_s=timeout_s)
         await self._publish()
 
     async def stop_standby(self, slot: Slot) -> None:
-        """Have it give the memory back; texts that still run there move. Raises as `call`."""
+        """Have it give the memory back; texts that still run there move. Raises as `load`."""
         if (member := self._standbys.pop(slot, None)) is not None:
             self._draining.discard(member)
             await self._publish()
-            await self.call(slot, "stop_standby")
+            await self._actors.call(slot, "stop_standby")
+
+    async def num_standby_requests(self, slot: Slot) -> int:
+        """Texts under way at a standby; raises as `load`."""
+        return int(await self._actors.call(slot, "num_standby_requests"))
 
     async def _fill(self, slot: Slot) -> None:
         """Put a fresh actor into a slot and let the router know."""
-        options = {
-            "num_cpus": slot.num_cpus,
-            "num_gpus": slot.num_gpus,
-            "max_concurrency": 4,
-            "runtime_env": {"env_vars": slot.environment},
-            "scheduling_strategy": self._places.strategy(slot),
-        }
-        actor = ray.remote(_ACTORS[slot.role]).options(**options)
-        self._actors[slot] = actor.remote(*self._arguments(slot))
+        self._actors.make(slot, self._places.strategy(slot), self._arguments(slot))
         timeout_s = self._config.ray.start_timeout_s
-        description = await self.call(slot, "describe", timeout_s=timeout_s)
+        description = await self._actors.call(slot, "describe", timeout_s=timeout_s)
         if slot.role is Role.ROUTER:
             self._addresses = description
         else:
@@ -249,7 +229,7 @@ class Fleet:
             await asyncio.sleep(backoff_s)
             try:
                 if is_filled:
-                    await self.call(slot, "describe")
+                    await self._actors.call(slot, "describe")
                 else:
                     self.num_restarts += 1
                     await self._fill(slot)
@@ -266,7 +246,7 @@ class Fleet:
         """Wait for a draining worker's last request, no longer than it may take; or its end."""
         try:
             async with asyncio.timeout(self._config.ray.drain_s):
-                while await self.call(slot, "num_requests"):
+                while await self._actors.call(slot, "num_requests"):
                     await asyncio.sleep(_IDLE_POLL_S)
         except (TimeoutError, Unavailable) as error:
             logger.warning("%s is ended with requests under way: %s", slot.worker_id, error)
@@ -274,8 +254,7 @@ class Fleet:
     async def _evict(self, slot: Slot) -> None:
         """Whatever is in the slot is no member any more, and gets no time to end."""
         self._withdraw(slot)
-        if (actor := self._actors.pop(slot, None)) is not None:
-            ray.kill(actor)
+        self._actors.kill(slot)
         await self._publish()
 
     async def _forget(self, slot: Slot) -> None:
@@ -283,7 +262,7 @@ class Fleet:
         self._withdraw(slot)
         await self._publish()
         if slot in self._actors:
-            await self._end(slot)
+            await self._actors.end(slot)
         self._slots.remove(slot)
         self._places.leave(slot)
 
@@ -293,30 +272,13 @@ class Fleet:
             if (member := members.pop(slot, None)) is not None:
                 self._draining.discard(member)
 
-    async def _end(self, slot: Slot) -> None:
-        try:
-            await self.call(slot, "stop")
-        except ColmError as error:
-            logger.warning("%s did not stop by itself: %s", slot.worker_id, error)
-        ray.kill(self._actors.pop(slot))
-
     async def _publish(self) -> None:
         self._version += 1
         self.changed.set()
         if self.router not in self._actors:
             return
         try:
-            await self.call(self.router, "update_membership", self.membership())
+            await self._actors.call(self.router, "update_membership", self.membership())
         except ColmError as error:
             # Its own supervisor replaces it, and a fresh router is told first thing.
             logger.warning("the router missed membership %d: %s", self._version, error)
-
-
-def _reason(slot: Slot, error: ray.exceptions.RayError) -> ColmError:
-    """The error that an actor raised, out of Ray's wrapping."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ColmError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return Unavailable(f"{slot.worker_id}: {error}")

@@ -69,6 +69,6 @@ class Standbys:
         now = asyncio.get_running_loop().time()
         end_at = self._end_at.setdefault(slot, now + self._config.drain_s)
         await self._fleet.drain(member)
-        if now >= end_at or not await self._fleet.call(slot, "num_standby_requests"):
+        if now >= end_at or not await self._fleet.num_standby_requests(slot):
             del self._end_at[slot]
             await self._fleet.stop_standby(slot)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -35,8 +35,6 @@ BUSY = Demand(
 class PlainFleet:
     """As many workers of each kind as have been asked for; `answers` are the router's."""
 
-    router = Slot(Role.ROUTER, 0, 0, num_cpus=1.0, num_gpus=0.0, num_threads=1)
-
     def __init__(self, *answers: tuple[tuple[Demand, ...], WorkerCosts | None] | ColmError) -> None:
         self.num = {Role.PREFILL: 1, Role.DECODE: 1}
         self.has_answered = asyncio.Event()
@@ -49,8 +47,7 @@ class PlainFleet:
             for i in range(self.num[role])
         ]
 
-    async def call(self, slot: Slot, method: str) -> Any:
-        assert (slot, method) == (self.router, "load")
+    async def load(self) -> tuple[tuple[Demand, ...], WorkerCosts | None]:
         if not self._answers:
             self.has_answered.set()
             await asyncio.Event().wait()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -60,8 +60,7 @@ class PlainFleet:
     async def undrain(self, member: Member) -> None:
         self.log.append(f"undrain {member.worker_id}")
 
-    async def call(self, slot: Slot, method: str) -> Any:
-        assert method == "num_standby_requests"
+    async def num_standby_requests(self, slot: Slot) -> int:
         return self.num_requests
 
     async def until(self, *entries: str) -> None:
