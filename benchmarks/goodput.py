@@ -3,10 +3,10 @@
 Every policy gets the same workers, the same classes and the same trace, played faster and faster;
 who is refused has missed. A fixed level serves a class at its lowest level if that is higher.
 
-Simulated with 64 workers, whose costs are measured here with a model of 0.4 billion parameters, and
-for real with the bundled model on one prefill and one decode worker. Chats are as long as those of
-LMSYS-Chat-1M, about 70 tokens asked and 215 answered: with long outputs decode workers are what
-there is too little of, and levels cost only these anything.
+Simulated with 64 workers, whose costs are measured here with a model of 0.4 billion parameters
+(results/large_costs.json), and for real with the bundled model on one prefill and one decode
+worker. Chats are as long as those of LMSYS-Chat-1M, about 70 tokens asked and 215 answered: with
+long outputs decode workers are what there is too little of, and levels cost only these anything.
 """
 
 from __future__ import annotations
@@ -215,6 +215,7 @@ def main() -> None:
     arguments: Any = parser.parse_args()
     served = real(arguments.real_duration, arguments.real_rate)
     costs = measure_large_costs()
+    costs.save(RESULTS / "large_costs.json")
     played = [
         simulated(costs, arguments.workers, arguments.duration, seed)
         for seed in range(arguments.seeds)

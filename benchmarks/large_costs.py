@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from colm_serve.engine.loading import make_pool, to_serving
 from colm_serve.engine.prefill_cost import measure_prefill_cost
-from colm_serve.engine.step import measure_step_cost
+from colm_serve.engine.step_cost import measure_step_cost
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.transformer import ColmModel
@@ -18,6 +18,8 @@ CHUNK_TOKENS = 512
 #: A link of 10 Gbit/s, and gRPC on it.
 LINK_BYTES_PER_S = 1.25e9
 HOP_S = 0.0005
+#: Longer than a worker that wants to serve would measure.
+BUDGET_S = 30.0
 
 
 def measure_large_costs() -> WorkerCosts:
@@ -26,8 +28,8 @@ def measure_large_costs() -> WorkerCosts:
     pool = make_pool(LoadedModel(model, ""), num_pages=128, page_size=16)
     kv_bytes = 4 * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
     return WorkerCosts(
-        step=StepCosts.of(measure_step_cost(model, pool)),
-        prefill=PassCosts.of(measure_prefill_cost(model, pool, CHUNK_TOKENS)),
+        step=StepCosts.of(measure_step_cost(model, pool, BUDGET_S)),
+        prefill=PassCosts.of(measure_prefill_cost(model, pool, CHUNK_TOKENS, BUDGET_S)),
         transfer_token_s=kv_bytes / LINK_BYTES_PER_S,
         hop_s=HOP_S,
     )

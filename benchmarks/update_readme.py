@@ -24,7 +24,8 @@ def table() -> str:
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
-        headlines = [row for row in result["rows"] if row["headline"]]
+        # The costs that a simulation was made with have no rows.
+        headlines = [row for row in result.get("rows", ()) if row["headline"]]
         if not headlines:
             continue
         lines += [

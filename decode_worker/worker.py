@@ -33,7 +33,8 @@ from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.sampler import Run, Sampled, logprobs_of
-from colm_serve.engine.step import Segment, measure_step_cost, run_pass
+from colm_serve.engine.step import Segment, run_pass
+from colm_serve.engine.step_cost import measure_step_cost
 from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable

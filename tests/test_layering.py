@@ -44,6 +44,7 @@ PURE = (
     "grammar.py",
     "engine/speculation.py",
     "latency/bounded_minimum.py",
+    "latency/cost_fit.py",
     "latency/prefill_fit.py",
     "latency/rls.py",
     "latency/step_fit.py",

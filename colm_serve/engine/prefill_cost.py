@@ -6,35 +6,39 @@ from functools import partial
 
 from colm_serve.core import PrefillCost
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
-from colm_serve.engine.timing import median_s
+from colm_serve.engine.timing import least_s
 from colm_serve.kv.pool import KvPool
+from colm_serve.latency.cost_fit import fit_costs
 from colm_serve.model.serving import ServingModel
 
-_MEASURED_TOKENS = 128
+_MOST_TOKENS = 128
 _BEHIND_TOKENS = 1024
 
 
 def measure_prefill_cost(
-    model: ServingModel, pool: KvPool, chunk_tokens: int, repeats: int = 3
+    model: ServingModel, pool: KvPool, chunk_tokens: int, budget_s: float = 2.0
 ) -> PrefillCost:
-    """Time a pass over one token, one over many, and one over as many behind a long prefix.
+    """Time passes over one token, some, many, and as many behind a long prefix.
 
     Uses the pool's first pages as scratch: call it before anything is cached.
     """
     most = min(pool.num_pages * pool.page_size, model.config.max_context)
-    num_tokens = min(_MEASURED_TOKENS, chunk_tokens, most)
+    num_tokens = min(_MOST_TOKENS, chunk_tokens, most)
     num_before = min(_BEHIND_TOKENS, most - num_tokens)
     table = pool.table(range(-(-(num_before + num_tokens) // pool.page_size)))
-    one_s, many_s, behind_s = (
-        median_s(
-            partial(run_prefill, model, pool, [PrefillChunk((0,) * length, start, table)]), repeats
-        )
-        for start, length in ((0, 1), (0, num_tokens), (num_before, num_tokens))
-    )
-    token_s = max(0.0, many_s - one_s) / max(1, num_tokens - 1)
-    return PrefillCost(
-        pass_s=max(0.0, one_s - token_s),
-        token_s=token_s or one_s,
-        attended_key_s=max(0.0, behind_s - many_s) / max(1, num_before * num_tokens),
-        chunk_tokens=chunk_tokens,
-    )
+    spans = [
+        (0, 1),
+        (0, -(-num_tokens // 4)),
+        (0, num_tokens),
+        (num_before, num_before + num_tokens),
+    ]
+    runs = [
+        partial(run_prefill, model, pool, [PrefillChunk((0,) * (stop - start), start, table)])
+        for start, stop in spans
+    ]
+    loads = [
+        (1.0, float(stop - start), float(PrefillCost.num_attended_keys(start, stop)))
+        for start, stop in spans
+    ]
+    pass_s, token_s, attended_key_s = fit_costs(loads, least_s(runs, budget_s))
+    return PrefillCost(pass_s, token_s or pass_s, attended_key_s, chunk_tokens)

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from colm_serve.core import StepCost
-from colm_serve.engine.timing import median_s
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.paged import PagedContext, Span
 from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import level_rows
-
-_COSTED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -98,35 +93,3 @@ def run_pass(model: ServingModel, pool: KvPool, segments: Sequence[Segment]) -> 
         x_SD = x_TD[torch.tensor(scored, device=device)]
     scored_levels = [s.level for s in segments for _ in range(s.num_scored)]
     return Scores(model.logits(x_SD, level_rows(scored_levels)), x_SD)
-
-
-def measure_step_cost(model: ServingModel, pool: KvPool, repeats: int = 5) -> StepCost:
-    """Time steps at each level; the differences from level to level are the chains' costs.
-
-    There is one of a row, one of several, one of many, and one of a row behind many tokens. Uses
-    the pool's first pages as scratch: call it before anything is cached.
-    """
-    table = pool.table(range(min(pool.num_pages, -(-_COSTED_TOKENS // pool.page_size))))
-    num_cached = min(_COSTED_TOKENS, len(table.pages) * pool.page_size, model.config.max_context)
-    narrow = StepCost.NUM_NARROW_ROWS
-    one_s, row_s, wide_row_s, cached_token_s = ([0.0] for _ in range(4))
-    for level in range(1, model.num_chains + 1):
-        row, last_row = (Segment((0,), p, level, table) for p in (0, num_cached - 1))
-        one, some, many, last = (
-            median_s(partial(_greedy_step, model, pool, segments), repeats)
-            for segments in ([row], [row] * narrow, [row] * 2 * narrow, [last_row])
-        )
-        # A level costs at least what the level below it does; noise may say otherwise.
-        one_s.append(max(one_s[-1], one))
-        row_s.append(max(row_s[-1], (some - one) / (narrow - 1)))
-        wide_row_s.append(max(wide_row_s[-1], (many - some) / narrow - row_s[-1]))
-        cached_token_s.append(max(cached_token_s[-1], (last - one) / num_cached))
-    return StepCost(*map(_per_chain, (one_s, row_s, wide_row_s, cached_token_s)))
-
-
-def _per_chain(per_level: Sequence[float]) -> tuple[float, ...]:
-    return tuple(upper - lower for lower, upper in pairwise(per_level))
-
-
-def _greedy_step(model: ServingModel, pool: KvPool, segments: Sequence[Segment]) -> None:
-    run_pass(model, pool, segments).logits_SV.argmax(dim=-1).tolist()

@@ -11,7 +11,7 @@ import torch
 from colm_serve.core import SamplingParams, StepCost
 from colm_serve.engine.loading import to_serving
 from colm_serve.engine.sampler import Run
-from colm_serve.engine.step import Segment, measure_step_cost, run_pass
+from colm_serve.engine.step import Segment, run_pass
 from tests.engine.paged import (
     PAGES,
     decode,
@@ -160,13 +160,6 @@ def test_a_pass_without_scores_stops_after_the_last_layers_kv(folder: Path) -> N
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_measured_step_cost_has_a_share_for_each_chain(folder: Path) -> None:
-    cost = measure_step_cost(whole_model(folder), poisoned_pool(folder), repeats=3)
-    parts = (cost.chain_s, cost.row_s, cost.wide_row_s, cost.cached_token_s)
-    assert all(len(part) == 3 and min(part) >= 0 for part in parts)
-    assert 0 < cost.step_s((1,)) <= cost.step_s((1, 1, 1)) <= cost.step_s((8, 8, 8)) < 10
 
 
 def test_step_cost_adds_chains_further_rows_and_what_they_attend_to() -> None:
