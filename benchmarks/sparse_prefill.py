@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -50,7 +49,8 @@ from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.corpus import read_corpus
-from colm_serve.training.tokenizer import encode_documents, load_tokenizer
+from colm_serve.training.document_encoder import DocumentEncoder
+from colm_serve.training.tokenizer import load_tokenizer
 
 MODEL = Path(__file__).parent.parent / "models" / "stdlib-air"
 LONG = ColmConfig(
@@ -105,7 +105,7 @@ class Bundled:
         self._table = self._pool.table(range(context // PAGE_SIZE))
         recipe = TrainConfig.load(MODEL / "train.yaml")
         corpus = read_corpus(None, recipe.heldout_fraction, recipe.exclude)
-        encode = partial(encode_documents, load_tokenizer(MODEL), recipe.model, corpus)
+        encode = DocumentEncoder(load_tokenizer(MODEL), recipe.model, corpus.name).encode
         heldout = encode(corpus.heldout).astype(int)
         starts = np.linspace(0, len(heldout) - context - 1, num_windows).astype(int)
         self._windows = [heldout[start : start + context + 1].tolist() for start in starts]

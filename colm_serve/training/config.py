@@ -11,6 +11,7 @@ import yaml
 
 from colm_serve.errors import InvalidConfig
 from colm_serve.model.config import ColmConfig
+from colm_serve.training.stream_config import StreamConfig
 from colm_serve.training.tuning import Tuning
 
 Precision = Literal["fp32", "bf16"]
@@ -41,11 +42,12 @@ class TrainConfig:
         precision: of matrix products; weights, gradients and reductions stay fp32.
         recompute_activations: keep only the blocks' inputs for the backward pass and run each
             block again there: less memory for a third more work.
+        stream: a Hugging Face dataset to read as training goes on; None: a folder of files.
         heldout_fraction: share of the corpus' documents that training never sees.
-        exclude: shell patterns of corpus files to leave out.
-        text_field: where a JSONL or parquet file's rows hold their text.
+        exclude: shell patterns of a folder's files to leave out.
+        text_field: where the rows of a JSONL or parquet file, or of a stream, hold their text.
         eval_interval_steps: steps between looks at the held-out loss.
-        eval_tokens: held-out tokens in one such look.
+        eval_tokens: held-out tokens in one such look; of a stream, all there are.
         log_interval_steps: steps between lines of `metrics.jsonl`.
         checkpoint_interval_s: seconds between checkpoints.
 
@@ -69,6 +71,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     precision: Precision = "bf16"
     recompute_activations: bool = False
+    stream: StreamConfig | None = None
     heldout_fraction: float = 0.03
     exclude: tuple[str, ...] = ()
     text_field: str = "text"
@@ -91,6 +94,8 @@ class TrainConfig:
         self._check("precision", self.precision in get_args(Precision), "fp32 or bf16")
         self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "0 to 1")
         self._check("heldout_fraction", 0 < self.heldout_fraction < 1, "between 0 and 1")
+        no_files = self.stream is None or not self.exclude
+        self._check("exclude", no_files, "empty where a stream has data_files to choose by")
         self._check_stages()
         self._check(
             "seq_len",
@@ -169,6 +174,8 @@ class TrainConfig:
         values = dict(raw)
         if values.get("tuning") is not None:
             values["tuning"] = Tuning.from_dict(values["tuning"])
+        if values.get("stream") is not None:
+            values["stream"] = StreamConfig.from_dict(values["stream"])
         values["model"] = _read_model(raw.get("model"), values.get("tuning"))
         if "exclude" in values:
             values["exclude"] = tuple(values["exclude"] or ())
@@ -179,7 +186,8 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: Path) -> TrainConfig:
-        """Read a YAML file; a relative `tuning.base` counts from its folder.
+        """Read a YAML file; a relative `tuning.base`, and a stream's local folder, count from its
+        folder.
 
         Raises:
             InvalidConfig: not there, not YAML, an unknown key or a value that is not allowed.
@@ -196,6 +204,8 @@ class TrainConfig:
         if isinstance(tuning, dict) and isinstance(tuning.get("base"), str):
             base = str((path.parent / tuning["base"]).resolve())
             raw = {**raw, "tuning": {**tuning, "base": base}}
+        if isinstance(raw.get("stream"), dict):
+            raw = {**raw, "stream": StreamConfig.counted_from(path.parent, raw["stream"])}
         return cls.from_dict(raw)
 
 

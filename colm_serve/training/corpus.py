@@ -86,11 +86,11 @@ def read_corpus(
     return Corpus(name, train, heldout)
 
 
-def is_heldout(path: str, fraction: float) -> bool:
-    """Whether a document is held out: a function of its path alone, so every run and machine
-    agree.
+def is_heldout(key: str, fraction: float) -> bool:
+    """Whether a document is held out: a function of its path, or another text that tells it from
+    others, so every run and machine agree.
     """
-    digest = hashlib.sha256(path.encode()).digest()
+    digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

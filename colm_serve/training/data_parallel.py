@@ -6,10 +6,12 @@ are sharded among all. Without torchrun there is one process, and nothing here c
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +95,23 @@ class DataParallel:
             if self.leads:
                 collected[name] = whole.cpu().contiguous()
         return collected
+
+    def merge(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Every process's entries, plain values, together."""
+        if self.num_processes == 1:
+            return dict(entries)
+        text = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.num_processes, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(text)
+        dist.all_reduce(sizes)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
+        padded[: len(text)] = text
+        parts = [torch.empty_like(padded) for _ in range(self.num_processes)]
+        dist.all_gather(parts, padded)
+        merged: dict[str, Any] = {}
+        for part, size in zip(parts, sizes.tolist(), strict=True):
+            merged |= json.loads(bytes(part[:size].tolist()))
+        return merged
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:

@@ -12,9 +12,9 @@ from colm_serve.errors import CheckpointError
 from colm_serve.files import write_atomically
 from colm_serve.model.checkpoint import load_model
 from colm_serve.training.config import TrainConfig
-from colm_serve.training.corpus import read_corpus
+from colm_serve.training.heldout import read_heldout
 from colm_serve.training.loss import evaluate
-from colm_serve.training.tokenizer import encode_documents, load_tokenizer, token_bytes
+from colm_serve.training.tokenizer import load_tokenizer, token_bytes
 
 _FILE_NAME = "eval.json"
 
@@ -75,21 +75,20 @@ def evaluate_folder(model_folder: Path, config: TrainConfig, data: Path | None =
     Args:
         model_folder: chain files and tokenizer.
         config: the recipe: which documents are held out, and how long a sequence is.
-        data: as in `train`.
+        data: a folder to take them from instead of the recipe's own corpus.
 
     Raises:
         CheckpointError: the folder is no CoLM model.
-        InvalidArgument: the corpus is missing or too small.
+        InvalidArgument, InvalidConfig, Unavailable: as `read_heldout`.
     """
     model = load_model(model_folder).model
     tokenizer = load_tokenizer(model_folder)
-    corpus = read_corpus(data, config.heldout_fraction, config.exclude, config.text_field)
-    tokens = encode_documents(tokenizer, model.config, corpus, corpus.heldout)
-    losses = evaluate(model, tokens, token_bytes(tokenizer), seq_len=config.seq_len)
+    heldout = read_heldout(config, tokenizer, data)
+    losses = evaluate(model, heldout.tokens, token_bytes(tokenizer), seq_len=config.seq_len)
     return Report(
-        corpus=corpus.name,
-        num_documents=len(corpus.heldout),
-        num_tokens=len(tokens),
+        corpus=heldout.corpus,
+        num_documents=heldout.num_documents,
+        num_tokens=len(heldout.tokens),
         seq_len=config.seq_len,
         levels=tuple(
             LevelReport(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from colm_serve.errors import InvalidArgument
@@ -24,13 +24,16 @@ def read_rows(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
     """
     rows = _parquet_rows(path, text_field) if path.suffix == ".parquet" else _jsonl_rows(path)
     for number, row in rows:
-        text = row.get(text_field)
-        if not isinstance(text, str):
-            found = f"here it is {text!r:.40}" if text_field in row else f"here are {sorted(row)}"
-            raise InvalidArgument(
-                "data", f"{path}:{number}", f"a row with a text in its field {text_field}; {found}"
-            )
-        yield number, text
+        yield number, row_text(row, text_field, f"{path}:{number}")
+
+
+def row_text(row: Mapping[str, object], text_field: str, place: str) -> str:
+    """A row's text; raises InvalidArgument, which names the place, if it has none."""
+    text = row.get(text_field)
+    if isinstance(text, str):
+        return text
+    found = f"here it is {text!r:.40}" if text_field in row else f"here are {sorted(row)}"
+    raise InvalidArgument("data", place, f"a row with a text in its field {text_field}; {found}")
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:

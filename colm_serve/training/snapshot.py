@@ -4,7 +4,7 @@
         config.json chain-<i>.safetensors    the model, as every model folder holds it
         adapters.safetensors                 what peft adds to the model, if it does
         optimizer.safetensors                AdamW's state of what trains, by parameter name
-        state.json                           recipe and step
+        state.json                           recipe, step and place in a streamed corpus
 
 A checkpoint is renamed into place once it is whole, and the one before is kept, so a run that is
 killed at any moment has one to go on from.
@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,16 +44,24 @@ _ADAPTERS = "adapters.safetensors"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole checkpoint: weights and AdamW's state by the parameter's name."""
+    """A whole checkpoint: weights and AdamW's state by the parameter's name, and what each
+    process's `Batches.state` said.
+    """
 
     folder: Path
     step: int
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    batches: Mapping[str, Any]
 
 
 def take_snapshot(
-    run_folder: Path, group: DataParallel, model: ColmModel, optimizer: AdamW, step: int
+    run_folder: Path,
+    group: DataParallel,
+    model: ColmModel,
+    optimizer: AdamW,
+    batches: Mapping[str, Any],
+    step: int,
 ) -> Snapshot:
     """The state after `step` steps. Every process calls it; the leader's holds the tensors."""
     if isinstance(model, FSDPModule):
@@ -60,7 +69,8 @@ def take_snapshot(
         model.reshard()
     weights = group.collect(model.named_parameters())
     state = group.collect(_optimizer_state(model, optimizer))
-    return Snapshot(run_folder / f"checkpoint-{step:08d}", step, weights, state)
+    folder = run_folder / f"checkpoint-{step:08d}"
+    return Snapshot(folder, step, weights, state, group.merge(batches))
 
 
 def save_snapshot(snapshot: Snapshot, config: TrainConfig) -> None:
@@ -74,7 +84,11 @@ def save_snapshot(snapshot: Snapshot, config: TrainConfig) -> None:
         if adapters := adapter_tensors(snapshot.weights):
             save_file(adapters, staging / _ADAPTERS)
         save_file(dict(snapshot.optimizer), staging / "optimizer.safetensors")
-        state = {"step": snapshot.step, "recipe": config.to_dict()}
+        state = {
+            "step": snapshot.step,
+            "recipe": config.to_dict(),
+            "batches": dict(snapshot.batches),
+        }
         (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
     # A later one can only be there damaged, and says nothing about which to keep.
     past = checkpoint_folders(snapshot.folder.parent)
@@ -97,7 +111,7 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
     for folder in reversed(checkpoint_folders(run_folder)):
         try:
             state = json.loads((folder / "state.json").read_text("utf-8"))
-            step, recipe = state["step"], state["recipe"]
+            step, recipe, batches = state["step"], state["recipe"], state["batches"]
             weights: dict[str, Tensor] = dict(load_model(folder).model.named_parameters())
             if (folder / _ADAPTERS).exists():
                 weights |= load_file(folder / _ADAPTERS)
@@ -108,7 +122,7 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
         _check_recipe(folder, config.to_dict(), recipe)
         if config.tuning is not None:
             config.tuning.check_same_base(folder)
-        return Snapshot(folder, step, weights, optimizer)
+        return Snapshot(folder, step, weights, optimizer, batches)
     return None
 
 

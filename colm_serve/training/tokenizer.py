@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from colm_serve.model.config import ColmConfig
 from colm_serve.model.vocabulary import text_vocabulary
-from colm_serve.training.corpus import Corpus, Document
 
 END_OF_TEXT = "<|endoftext|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -68,36 +65,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_context: int) -> None
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a run or model folder."""
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-def encode_documents(
-    tokenizer: Tokenizer, config: ColmConfig, corpus: Corpus, documents: Iterable[Document]
-) -> npt.NDArray[np.uint32]:
-    """One stream of token ids: for each document a header, the text, end of text.
-
-    With a tokenizer of ours the header `<|system|>corpus<|user|>path<|assistant|>` gives the role
-    tokens a meaning. With another one, an imported model's, it is the config's bos token, and the
-    end is its first eos token, where it has them.
-    """
-    documents = list(documents)
-    encode = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    if vocabulary.keys() >= set(SPECIAL_TOKENS):
-        special = {token: vocabulary[token] for token in SPECIAL_TOKENS}
-        name = encode([corpus.name])[0].ids
-        end = [special[END_OF_TEXT]]
-        headers = [
-            [special[SYSTEM], *name, special[USER], *path.ids, special[ASSISTANT]]
-            for path in encode([d.path for d in documents])
-        ]
-    else:
-        bos = [] if config.bos_token_id is None else [config.bos_token_id]
-        end = list(config.eos_token_ids[:1])
-        headers = [bos] * len(documents)
-    ids: list[npt.NDArray[np.uint32]] = []
-    for header, text in zip(headers, encode([d.text for d in documents]), strict=True):
-        ids += [np.array(part, np.uint32) for part in (header, text.ids, end)]
-    return np.concatenate(ids)
 
 
 def token_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:

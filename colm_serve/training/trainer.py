@@ -19,7 +19,7 @@ from colm_serve.model.initial import initial_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.data_parallel import DataParallel, gather, join_processes
-from colm_serve.training.dataset import Dataset, TrainingBatches, prepare_dataset
+from colm_serve.training.dataset import Dataset, prepare_dataset
 from colm_serve.training.loss import LevelLoss, evaluate, multi_chain_loss
 from colm_serve.training.metrics import MetricsLog
 from colm_serve.training.progress import Progress
@@ -72,14 +72,16 @@ def train(
     Args:
         config: the recipe.
         run_folder: created; holds tokens, checkpoints, `metrics.jsonl` and the model.
-        data: a folder of text files; default: the interpreter's standard library.
+        data: a folder of text files; default: the recipe's stream, or else the interpreter's
+            standard library.
         device: default: cuda where there is one, else cpu.
         stop: asks the run to stop; default: one that listens to SIGTERM and SIGINT.
 
     Raises:
-        InvalidConfig: the folder holds a run of another recipe or corpus, or a step's sequences
-            cannot be shared evenly among the processes.
+        InvalidConfig: the folder holds a run of another recipe or corpus, a step's sequences
+            cannot be shared evenly among the processes, or the stream cannot be opened.
         InvalidArgument: the corpus is missing or too small.
+        Unavailable: the stream's hub cannot be reached.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     with join_processes(device) as group, stop or StopSignal.on_signals() as stop:
@@ -111,8 +113,8 @@ class Trainer:
         self.run_folder = run_folder
         self.dataset = dataset
         self.group = group
-        self.batches = TrainingBatches(dataset.train, config)
         snapshot = load_newest_snapshot(run_folder, config)
+        self.batches = dataset.open_batches(snapshot.batches if snapshot else {})
         self.step = snapshot.step if snapshot else 0
         self.stage = stage_at(config, self.step)
         begin = config.tuning.open_base if config.tuning else initial_model
@@ -153,14 +155,14 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """One optimizer step; its loss and gradient norm."""
         config = self.config
-        rows = torch.from_numpy(self.batches[self.step])
         # Levels and windows are drawn from streams of their own.
         generator = np.random.default_rng([config.seed, self.step, 1])
         total = torch.zeros((), device=self.group.device)
-        for i, micro_batch in enumerate(rows.split(config.sequences_per_micro_batch)):
+        for i in range(config.num_micro_batches):
             weights = self.stage.level_weights(config, generator)
             if i % self.group.num_processes == self.group.rank:
-                total += self._accumulate(micro_batch.to(self.group.device), weights)
+                rows_BS = torch.from_numpy(self.batches.micro_batch(self.step, i))
+                total += self._accumulate(rows_BS.to(self.group.device), weights)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
@@ -171,7 +173,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the state as it is."""
-        snapshot = take_snapshot(self.run_folder, self.group, self.model, self.optimizer, self.step)
+        snapshot = take_snapshot(
+            self.run_folder,
+            self.group,
+            self.model,
+            self.optimizer,
+            self.batches.state(),
+            self.step,
+        )
         if self.group.leads:
             save_snapshot(snapshot, self.config)
         self.group.wait_for_all()

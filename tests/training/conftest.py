@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from colm_serve.training.config import TrainConfig
 from tests.training.runs import MODEL
 
+NUM_FILES = 4
 RECIPE = TrainConfig(
     model=MODEL,
     num_steps=12,
@@ -47,6 +50,25 @@ def corpus_folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"def function_{i}(x):\n    return x * {i} + {i * i}\n" * 12, "utf-8")
     return folder
+
+
+@pytest.fixture
+def rows_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hugging Face dataset of NUM_FILES files, in each a row without text worth reading."""
+    # The library's locks, one for each dataset, must not stay in the home of who runs the tests.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for file in range(NUM_FILES):
+        texts = [*(row_text(file, row) for row in range(60)), " "]
+        rows = (json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+        (folder / f"train-{file}.jsonl").write_text("".join(rows), "utf-8")
+    return folder
+
+
+def row_text(file: int, row: int) -> str:
+    n = 100 * file + row
+    return f"def function_{n}(x):\n    return x * {n} + {n * n}\n" * (row % 3 + 1)
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from tokenizers.decoders import ByteFallback
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from colm_serve.training.corpus import Corpus, Document
+from colm_serve.training.corpus import Document
+from colm_serve.training.document_encoder import DocumentEncoder
 from colm_serve.training.tokenizer import (
     SPECIAL_TOKENS,
-    encode_documents,
     load_tokenizer,
     save_tokenizer,
     token_bytes,
@@ -42,7 +42,7 @@ def test_any_text_survives_and_its_bytes_are_counted(folder: Path) -> None:
 def test_documents_carry_header_and_end(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     document = Document("a/b.py", TEXT)
-    ids = encode_documents(tokenizer, MODEL, Corpus("corpus", (document,), ()), [document])
+    ids = DocumentEncoder(tokenizer, MODEL, "corpus").encode([document])
     shown = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert shown == f"<|system|>corpus<|user|>a/b.py<|assistant|>{TEXT}<|endoftext|>"
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3]
@@ -56,7 +56,7 @@ def test_another_model_s_tokenizer_frames_documents_by_its_own_tokens() -> None:
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     config = replace(MODEL, bos_token_id=0, eos_token_ids=(1, 0))
     documents = [Document("a.py", "def def"), Document("b.py", " ")]
-    ids = encode_documents(tokenizer, config, Corpus("corpus", tuple(documents), ()), documents)
+    ids = DocumentEncoder(tokenizer, config, "corpus").encode(documents)
     word, space = tokenizer.token_to_id("def"), tokenizer.token_to_id(" ")
     assert ids.tolist() == [0, word, space, word, 1, 0, space, 1]
     assert token_bytes(tokenizer)[ids].tolist() == [0, 3, 1, 3, 0, 0, 1, 0]

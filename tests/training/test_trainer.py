@@ -17,8 +17,8 @@ import torch
 from colm_serve.errors import CheckpointError, InvalidArgument, InvalidConfig
 from colm_serve.model.checkpoint import load_model
 from colm_serve.model.initial import initial_model
+from colm_serve.training.batches import StoredBatches
 from colm_serve.training.config import TrainConfig
-from colm_serve.training.dataset import TrainingBatches
 from colm_serve.training.report import Report
 from colm_serve.training.snapshot import checkpoint_folders, export_model
 from colm_serve.training.stop_signal import StopSignal
@@ -169,19 +169,21 @@ def test_vocabulary_must_match_the_corpus(
 
 def test_too_small_a_corpus_is_refused(recipe: MakeRecipe) -> None:
     with pytest.raises(InvalidArgument, match="two of seq_len"):
-        TrainingBatches(np.zeros(64, np.uint16), recipe())
+        StoredBatches(np.zeros(64, np.uint16), recipe())
 
 
 def test_an_epoch_reads_every_window_once(recipe: MakeRecipe) -> None:
     tokens = np.arange(32 * 14, dtype=np.uint16)
-    batches = TrainingBatches(tokens, recipe())
-    first_epoch = np.concatenate([batches[step] for step in range(3)])
+    batches = StoredBatches(tokens, recipe())
+    places = [(step, index) for step in range(3) for index in range(2)]
+    first_epoch = np.concatenate([batches.micro_batch(*place) for place in places])
     starts = first_epoch[:, 0]
     assert len(set(starts)) == 12
     assert len(set(starts % 32)) == 1
     assert (np.diff(first_epoch) == 1).all()
-    np.testing.assert_array_equal(batches[1], TrainingBatches(tokens, recipe())[1])
-    assert not np.array_equal(batches[1], TrainingBatches(tokens, recipe(seed=8))[1])
+    again, other = StoredBatches(tokens, recipe()), StoredBatches(tokens, recipe(seed=8))
+    np.testing.assert_array_equal(batches.micro_batch(1, 1), again.micro_batch(1, 1))
+    assert not np.array_equal(batches.micro_batch(1, 1), other.micro_batch(1, 1))
 
 
 def test_learning_rate_warms_up_and_decays(recipe: MakeRecipe) -> None:
