@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer as HfTokenizer
 
 from colm_serve.errors import CheckpointError, InvalidArgument
+from colm_serve.json_file import read_json
 from colm_serve.model.vocabulary import load_tokenizer, token_bytes
 from colm_serve.router.chat_template import chat_template
 from colm_serve.router.request import ChatMessage
@@ -78,17 +78,15 @@ class Tokenizer:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
     path = folder / "tokenizer_config.json"
+    settings = read_json(path).values if path.exists() else {}
+    template = folder / "chat_template.jinja"
+    if not template.exists():
+        return settings
     try:
-        if path.exists():
-            settings = json.loads(path.read_text("utf-8"))
-        template = folder / "chat_template.jinja"
-        if template.exists():
-            settings = {**settings, "chat_template": template.read_text("utf-8")}
+        return {**settings, "chat_template": template.read_text("utf-8")}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return settings
+        raise CheckpointError(f"{template}: cannot be read: {error}") from error
 
 
 def _token_text(token: str | dict[str, Any] | None) -> str:

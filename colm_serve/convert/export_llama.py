@@ -10,12 +10,12 @@ from torch import Tensor
 
 from colm_serve.convert.hf_checkpoint import SINGLE_FILE
 from colm_serve.convert.hf_config import CONFIG_FILE, hf_config
-from colm_serve.convert.json_file import write_json
 from colm_serve.convert.llama_tensors import llama_tensors
 from colm_serve.convert.new_model import new_model_folder
 from colm_serve.convert.tensor_file import Report, TensorSpec, write_tensor_file
 from colm_serve.convert.tokenizer_files import copy_tokenizer
 from colm_serve.errors import CheckpointError
+from colm_serve.json_file import write_json
 from colm_serve.model.chain_file import chain_path, check_chain, read_tensor
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.head_order import stored_order

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from colm_serve.convert.json_file import read_json
 from colm_serve.convert.tensor_file import DTYPES, TensorSpec
 from colm_serve.errors import CheckpointError
+from colm_serve.json_file import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

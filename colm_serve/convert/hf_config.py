@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from colm_serve.convert.json_file import JsonObject, read_json
 from colm_serve.errors import CheckpointError, InvalidConfig
+from colm_serve.json_file import JsonObject, read_json
 from colm_serve.model.config import ColmConfig, Llama3RopeScaling
 
 CONFIG_FILE = "config.json"

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from colm_serve.convert.hf_config import GENERATION_FILE
-from colm_serve.convert.json_file import read_json
 from colm_serve.errors import CheckpointError
+from colm_serve.json_file import read_json
 from colm_serve.model.vocabulary import load_tokenizer
 
 _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", GENERATION_FILE)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from colm_serve.errors import CheckpointError, InvalidConfig
+from colm_serve.errors import InvalidConfig
+from colm_serve.json_file import read_json, write_json
 
 KvSharing = Literal["air", "per_chain"]
 KvRepeat = Literal["tile", "interleave"]
@@ -214,19 +214,10 @@ class ColmConfig:
     @classmethod
     def load(cls, folder: Path) -> ColmConfig:
         """Read `folder/config.json`; raises CheckpointError when it is not there or not JSON."""
-        path = folder / "config.json"
-        try:
-            raw = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path}: no such file; a CoLM folder has config.json") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: not a JSON object but {raw!r:.80}")
-        return cls.from_dict(raw)
+        return cls.from_dict(read_json(folder / "config.json").values)
 
     def save(self, folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
+        write_json(folder / "config.json", self.to_dict())
 
 
 def _is_positive_int(value: object) -> bool:

@@ -78,10 +78,19 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path) is None
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-def test_unreadable_files(tmp_path: Path, file: str) -> None:
+def test_files_that_are_no_json_objects(tmp_path: Path, file: str, content: bytes) -> None:
     save_tokenizer(tmp_path)
-    (tmp_path / file).write_text("{", "utf-8")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=file):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_files_that_cannot_be_read(tmp_path: Path, file: str) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / file).mkdir()
     with pytest.raises(CheckpointError, match=file):
         Tokenizer.load(tmp_path)
 

@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class JsonObject:
-    """An object in a JSON file, whose values are checked as they are read; null is no value."""
+    """An object in a JSON file; its `values` are checked as they are read, and null is none."""
 
-    def __init__(self, path: Path, raw: dict[str, Any], prefix: str = "") -> None:
+    def __init__(self, path: Path, values: dict[str, Any], prefix: str = "") -> None:
         self.path = path
-        self._raw = raw
+        self.values = values
         self._prefix = prefix
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
@@ -26,7 +26,7 @@ class JsonObject:
         Raises:
             CheckpointError: it has another type, or there is neither value nor default.
         """
-        value = self._raw.get(key)
+        value = self.values.get(key)
         if value is None and default is not None:
             return default
         if kind is float and type(value) is int:
@@ -39,7 +39,7 @@ class JsonObject:
 
     def get_any(self, key: str, default: Any = None) -> Any:
         """A value of any type; null where the file says so."""
-        return self._raw.get(key, default)
+        return self.values.get(key, default)
 
     def inner(self, key: str) -> JsonObject:
         """The object under a key; an empty one if there is none."""
@@ -47,7 +47,7 @@ class JsonObject:
 
     def unsupported(self, key: str, supported: str) -> CheckpointError:
         """An error that says what is there, and what would be supported."""
-        found = f"{self._raw[key]!r:.120}" if key in self._raw else "nothing"
+        found = f"{self.values[key]!r:.120}" if key in self.values else "nothing"
         return CheckpointError(f"{self.path}: {self._prefix}{key}: {found}; supported: {supported}")
 
 
@@ -61,6 +61,8 @@ def read_json(path: Path) -> JsonObject:
         raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(raw, dict):
