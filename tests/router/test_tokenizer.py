@@ -90,6 +90,7 @@ def test_files_that_are_no_json_objects(tmp_path: Path, file: str, content: byte
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
 def test_files_that_cannot_be_read(tmp_path: Path, file: str) -> None:
     save_tokenizer(tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
     (tmp_path / file).mkdir()
     with pytest.raises(CheckpointError, match=file):
         Tokenizer.load(tmp_path)
