@@ -36,8 +36,8 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 class GenerationRequest:
     """What a client asks for, unchecked; None leaves a choice to the router.
 
-    An empty `model` means the one that the cluster serves. With `prompt_logprobs`, `max_tokens`
-    may be 0: the prompt is scored, and that is all.
+    `model` may be empty, and may say a level: see `read_model_name`. With `prompt_logprobs`,
+    `max_tokens` may be 0: the prompt is scored, and that is all.
     """
 
     prompt: Prompt

@@ -6,11 +6,12 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 
 from colm_serve.config import ClusterConfig
 from colm_serve.core import Membership
-from colm_serve.errors import ColmError, InvalidArgument, UnknownModel
+from colm_serve.errors import ColmError, InvalidArgument
 from colm_serve.router.admission import Admission
 from colm_serve.router.attempts import Attempts
 from colm_serve.router.cluster_status import ClusterStatus, cluster_status
@@ -22,6 +23,7 @@ from colm_serve.router.level_loop import LevelLoop
 from colm_serve.router.lifecycle import Clock, Lifecycle
 from colm_serve.router.metrics import Metrics
 from colm_serve.router.model_facts import ModelFacts
+from colm_serve.router.model_names import read_model_name
 from colm_serve.router.output import Output
 from colm_serve.router.overload import PATIENCE_S
 from colm_serve.router.placer import Placer
@@ -110,7 +112,7 @@ class Router:
 
         Raises:
             InvalidArgument: a field has a value that is not allowed; nothing was done.
-            UnknownModel: the cluster serves no such model.
+            UnknownModel: the cluster serves no such model, or not at the level in its name.
             ResourceExhausted: no room in time, here or on any decode worker.
             RateLimited: the tenant has used up one of its limits.
             Unavailable: no decode worker, or too many of them failed.
@@ -119,7 +121,7 @@ class Router:
         lifecycle = Lifecycle(self._clock)
         try:
             with self._admission.admit(tenant) as ticket:
-                model = self._model_of(request)
+                model, request = self._model_of(request)
                 running = await self._open(request, model, tenant, lifecycle)
                 self._meter.arrived(running.checked.sla_class, self._clock())
                 self._failover.request_came()
@@ -152,9 +154,9 @@ class Router:
         """What a request's prompt says; empty where token ids stand for no text.
 
         Raises:
-            UnknownModel: the cluster serves no such model.
+            InvalidArgument, UnknownModel: as `generate`, of `model` and `level`.
         """
-        return self._model_of(request).prompt_text(request.prompt)
+        return self._model_of(request)[0].prompt_text(request.prompt)
 
     async def set_level(self, request_id: str, level: int, tenant: Tenant = ANYBODY) -> None:
         """Move a running request to another level from its next token on.
@@ -188,11 +190,15 @@ class Router:
         waiting = {t.name: sum(p.num_waiting(t) for p in placers) for t in self.tenants.all}
         return self._metrics.render(self.view, self._admission.num_running, waiting)
 
-    def _model_of(self, request: GenerationRequest) -> ServedModel:
-        name = request.model or self.model.name
-        if name not in self._served:
-            raise UnknownModel("model", name, ", ".join(self._served))
-        return self._served[name]
+    def _model_of(self, request: GenerationRequest) -> tuple[ServedModel, GenerationRequest]:
+        """The model that is asked for, and the request with the level that its name may say."""
+        num_levels = {name: served.facts.num_levels for name, served in self._served.items()}
+        name, level = read_model_name(request.model, num_levels)
+        if level is None:
+            return self._served[name], request
+        if request.level not in (None, level):
+            raise InvalidArgument("level", request.level, f"none beside model {request.model!r}")
+        return self._served[name], replace(request, level=level)
 
     async def _open(
         self,

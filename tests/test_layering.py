@@ -69,6 +69,7 @@ PURE = (
     "router/placing/latency_model.py",
     "router/placing/level_moves.py",
     "router/placing/load.py",
+    "router/model_names.py",
     "router/openai/level_headers.py",
     "router/placing/offer.py",
     "router/overload.py",

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from colm_serve.core import MAX_LOGPROBS
 from colm_serve.errors import InvalidArgument
 from colm_serve.router.openai.grammar import read_grammar
-from colm_serve.router.openai.level_names import split_level
 from colm_serve.router.request import (
     ChatMessage,
     ChatPrompt,
@@ -142,11 +141,6 @@ class _GenerationBody(_Body):
     ) -> GenerationRequest:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         values = {name: getattr(self, name) for name in _SAME_NAME}
-        values["model"], named_level = split_level(self.model)
-        if named_level is not None:
-            if self.level not in (None, named_level):
-                raise InvalidArgument("level", self.level, f"none beside model {self.model!r}")
-            values["level"] = named_level
         return GenerationRequest(
             prompt=prompt,
             max_tokens=max_tokens,

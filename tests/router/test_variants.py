@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from colm_serve.cluster.launch import Cluster
 from colm_serve.config import ClusterConfig, RouterConfig, StandbyConfig
 from colm_serve.convert.expand import expand
 from colm_serve.core import Member, Membership, WorkerKind
-from colm_serve.errors import CheckpointError, Unavailable, UnknownModel
+from colm_serve.errors import CheckpointError, InvalidArgument, Unavailable, UnknownModel
 from colm_serve.model.chain_file import chain_path
 from colm_serve.model.checkpoint import save_model
 from colm_serve.model.config import ColmConfig
@@ -53,7 +54,9 @@ class Site:
     client: AsyncClient
     http: httpx.AsyncClient
 
-    async def tokens(self, prompt: tuple[int, ...], model: str, level: int) -> list[int]:
+    async def tokens(
+        self, prompt: tuple[int, ...], model: str, level: int | None = None
+    ) -> list[int]:
         events = self.client.generate(
             token_ids=prompt, model=model, level=level, max_tokens=NUM_TOKENS, temperature=0.0,
             ignore_eos=True,
@@ -164,9 +167,40 @@ async def test_models_are_listed_and_unknown_ones_are_404(
             unknown = {**body, "model": "gpt-9", "echo": echo}
             response = await here.http.post("/v1/completions", json=unknown)
             assert response.status_code == 404
-            assert "base, chat, code" in response.json()["error"]["message"]
+            assert response.json()["error"]["param"] == "model"
         with pytest.raises(UnknownModel):
             await here.tokens((5, 6), "gpt-9", 1)
+
+
+async def test_a_name_says_variant_and_level_to_both_apis(
+    folders: dict[str, Path], workers: tuple[PrefillWorker, dict[str, Member]]
+) -> None:
+    prompt = make_prompt(20, BASE)
+    body = {"prompt": list(prompt), "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    asked = {"chat:level-2": ("chat", 2), "code:level-4": ("code", 4), "level-1": ("base", 1)}
+    async with site(folders, workers) as here:
+        for name, (variant, level) in asked.items():
+            replies = [
+                (await here.http.post("/v1/completions", json={**body, **model})).json()
+                for model in ({"model": name}, {"model": variant, "level": level})
+            ]
+            assert [reply["model"] for reply in replies] == [variant] * 2
+            assert replies[0]["choices"] == replies[1]["choices"]
+            assert replies[0]["choices"][0]["level"] == [level] * NUM_TOKENS
+            assert await here.tokens(prompt, name) == await here.tokens(prompt, variant, level)
+        allowed = (
+            "allowed: base (:level-1 to :level-3), chat (:level-1 to :level-3), "
+            "code (:level-1 to :level-4)"
+        )
+        for name in ("chat:level-4", "gpt-9:level-1", "level-9", "code:level-0"):
+            message = f"model: {name!r} is not allowed; {allowed}"
+            response = await here.http.post("/v1/completions", json={**body, "model": name})
+            assert response.status_code == 404
+            assert response.json()["error"]["message"] == message
+            with pytest.raises(UnknownModel, match=re.escape(message)):
+                await here.tokens(prompt, name)
+        with pytest.raises(InvalidArgument, match=r"level: 3 .*none beside model 'chat:level-2'"):
+            await here.tokens(prompt, "chat:level-2", 3)
 
 
 async def test_a_variant_that_waits_for_its_worker_holds_up_no_other(
