@@ -70,8 +70,8 @@ class WorkerGroup(Generic[State]):
         self._states: dict[int, State] = {}
         self._load = Ranking()
         self._fullness = Ranking()
-        self._changed_fullness: dict[int, int] = {}  # not ranked yet: few decisions ask for it
         self._smallness = Ranking()
+        self._unranked: dict[int, int] = {}  # free pages, by which few decisions choose
 
     def __len__(self) -> int:
         """Workers that can be chosen."""
@@ -83,13 +83,12 @@ class WorkerGroup(Generic[State]):
             self._index.join(worker, state.status.num_pages)
         self._states[worker] = state
         self._load.set(worker, load)
-        self._changed_fullness[worker] = -num_free_pages
-        self._smallness.set(worker, -state.status.num_pages)
+        self._unranked[worker] = num_free_pages
 
     def drop(self, worker: int) -> None:
         """The worker cannot be chosen for now; what it has cached is still there."""
         self._states.pop(worker, None)
-        self._changed_fullness.pop(worker, None)
+        self._unranked.pop(worker, None)
         for ranking in (self._load, self._fullness, self._smallness):
             ranking.drop(worker)
 
@@ -122,9 +121,10 @@ class WorkerGroup(Generic[State]):
 
     def roomiest(self, hashes: Sequence[int]) -> tuple[State, ...]:
         """Those with the most free pages, and the one with the most pages in all."""
-        for worker, fullness in self._changed_fullness.items():
-            self._fullness.set(worker, fullness)
-        self._changed_fullness.clear()
+        for worker, num_free_pages in self._unranked.items():
+            self._fullness.set(worker, -num_free_pages)
+            self._smallness.set(worker, -self._states[worker].status.num_pages)
+        self._unranked.clear()
         matches = self._index.matches(hashes, MAX_ALL)
         chosen = [*self._fullness.least(NUM_ROOMIEST), *self._smallness.least(1)]
         return tuple([self._state(worker, matches) for worker in dict.fromkeys(chosen)])

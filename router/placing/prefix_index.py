@@ -68,14 +68,15 @@ class PrefixIndex:
         blocks = self._blocks
         for block in reversed(hashes):
             if (holders := blocks.get(block)) is None:
-                holders = blocks[block] = {}
-            else:
-                blocks.move_to_end(block)
+                state.num_added += 1
+                blocks[block] = {worker: state.num_added}
+                continue
+            blocks.move_to_end(block)
             if holders.pop(worker, None) is None:
                 state.num_added += 1
+                if len(holders) == MAX_HOLDERS:
+                    del holders[next(iter(holders))]
             holders[worker] = state.num_added
-            if len(holders) > MAX_HOLDERS:
-                del holders[next(iter(holders))]
         while len(blocks) > self._max_blocks:
             blocks.popitem(last=False)
 
@@ -85,11 +86,16 @@ class PrefixIndex:
         known = self._known(hashes)
         for depth in range(len(known), 0, -1):
             holders = known[depth - 1]
+            if holders.keys() <= found.keys():
+                continue
             for worker in [worker for worker in reversed(holders) if worker not in found]:
-                if self._holds(worker, holders):
-                    found[worker] = depth
-                    if len(found) == limit:
-                        return found
+                state = self._workers.get(worker)
+                if state is None or state.num_added - holders[worker] >= state.num_pages:
+                    del holders[worker]
+                    continue
+                found[worker] = depth
+                if len(found) == limit:
+                    return found
         return found
 
     def _known(self, hashes: Iterable[int]) -> list[dict[int, int]]:
@@ -100,10 +106,3 @@ class PrefixIndex:
                 break
             known.append(holders)
         return known
-
-    def _holds(self, worker: int, holders: dict[int, int]) -> bool:
-        state = self._workers.get(worker)
-        if state is not None and state.num_added - holders[worker] < state.num_pages:
-            return True
-        del holders[worker]
-        return False

@@ -17,12 +17,13 @@ class WorkerRecord:
 
     `number` is new for every process. `outstanding` requests are not in the status yet, but will be
     in the next one where the worker has admitted them, which is what it tells of each; `released`
-    work has ended since, and still is.
+    work has ended since, and still is; `remaining` is the status without it.
     """
 
     member: Member
     number: int
     status: WorkerStatus | None = None
+    remaining: WorkerStatus | None = None
     is_reachable: bool = False
     is_draining: bool = False
     placed: dict[str, Work] = field(default_factory=dict)
@@ -31,7 +32,7 @@ class WorkerRecord:
 
     def set_status(self, status: WorkerStatus, counted: frozenset[str]) -> None:
         """The worker answered; its status has the requests in `counted`."""
-        self.status = status
+        self.status = self.remaining = status
         self.is_reachable = True
         for request_id in counted:
             self.outstanding.pop(request_id, None)
@@ -61,41 +62,37 @@ class WorkerRecord:
             return False
         if self.outstanding.pop(request_id, None) is None:
             self.released.append(work)
+            self.remaining = _without(self.released, self.status)
         return True
 
     def state(self) -> DecodeState | PrefillState | None:
         """What policies see of it; None while it cannot be chosen."""
         if not self.is_reachable or self.is_draining:
             return None
-        match self.status:
+        outstanding = tuple([self.placed[request_id] for request_id in self.outstanding])
+        match self.remaining:
             case DecodeStatus() as status:
-                return self._decode_state(status)
+                placed = tuple(self.placed.values())
+                targets = [work.tpot_s for work in placed if work.tpot_s is not None]
+                tpot_s = min(targets, default=None)
+                return DecodeState(self.member, status, outstanding, placed, tpot_s)
             case PrefillStatus() as status:
-                num_tokens = sum(work.num_prompt_tokens for work in self._outstanding_work())
-                return PrefillState(
-                    self.member, _without_prompts(self.released, status), num_tokens
-                )
+                num_tokens = sum([work.num_prompt_tokens for work in outstanding])
+                return PrefillState(self.member, status, num_tokens)
         return None
 
-    def _decode_state(self, status: DecodeStatus) -> DecodeState:
-        placed = tuple(self.placed.values())
-        targets = [work.tpot_s for work in placed if work.tpot_s is not None]
-        return DecodeState(
-            member=self.member,
-            status=_without(self.released, status),
-            outstanding=self._outstanding_work(),
-            placed=placed,
-            tpot_s=min(targets, default=None),
-        )
 
-    def _outstanding_work(self) -> tuple[Work, ...]:
-        return tuple([self.placed[request_id] for request_id in self.outstanding])
-
-
-def _without(released: Sequence[Work], status: DecodeStatus) -> DecodeStatus:
+def _without(released: Sequence[Work], status: WorkerStatus | None) -> WorkerStatus | None:
     """The status as it will be once the worker reports that this work has ended."""
-    if not released:
-        return status
+    match status:
+        case DecodeStatus():
+            return _without_rows(released, status)
+        case PrefillStatus():
+            return _without_prompts(released, status)
+    return None
+
+
+def _without_rows(released: Sequence[Work], status: DecodeStatus) -> DecodeStatus:
     num_running, num_attended = list(status.num_running), list(status.num_attended)
     num_free_pages = status.num_free_pages
     for work in released:
@@ -114,9 +111,6 @@ def _without(released: Sequence[Work], status: DecodeStatus) -> DecodeStatus:
 
 
 def _without_prompts(released: Sequence[Work], status: PrefillStatus) -> PrefillStatus:
-    """The status without prompts that have been computed since."""
-    if not released:
-        return status
     num_done = sum(work.num_prompt_tokens for work in released)
     done_s = sum(status.cost.seconds(0, work.num_prompt_tokens) for work in released)
     return replace(
