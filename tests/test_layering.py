@@ -67,6 +67,7 @@ PURE = (
     "router/placing/facts.py",
     "router/fair_queue.py",
     "router/placing/latency_model.py",
+    "router/placing/lazy.py",
     "router/placing/level_moves.py",
     "router/placing/load.py",
     "router/model_names.py",

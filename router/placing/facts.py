@@ -9,7 +9,7 @@ from colm_serve.router.placing.latency_model import Prediction
 from colm_serve.router.placing.snapshot import DecodeState
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestFacts:
     """What a policy may know of a request, which was received `age_s` ago.
 

@@ -43,7 +43,7 @@ def light_limit_s(limit_s: float, level: int, cost: StepCost) -> float:
 def _filled_s(limit_s: float, share: float, level: int, cost: StepCost) -> float:
     """What a row takes alone, and that share of what it leaves."""
     alone_s = sum(cost.chain_s[:level])
-    return min(limit_s, alone_s + share * max(0.0, limit_s - alone_s))
+    return limit_s if limit_s <= alone_s else alone_s + share * (limit_s - alone_s)
 
 
 def prompt_s(state: DecodeState, computed_s: float | None, num_tokens: int) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 from colm_serve.core import DecodeStatus, Member, PrefillStatus
+from colm_serve.router.placing.lazy import lazy
 from colm_serve.router.placing.load import Load, TokenTimes, Work
 
 __all__ = ["ClusterSnapshot", "DecodeState", "PrefillState", "Work"]
@@ -15,7 +15,8 @@ __all__ = ["ClusterSnapshot", "DecodeState", "PrefillState", "Work"]
 State = TypeVar("State", "DecodeState", "PrefillState")
 
 
-@dataclass(frozen=True)
+# States are not frozen: one is made at each change of a worker, and in that is most of its cost.
+@dataclass
 class DecodeState:
     """A decode worker. `placed` is what this router has there, `outstanding` what of it was placed
     since and is not in `status` yet.
@@ -34,14 +35,14 @@ class DecodeState:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.status.page_size)
 
-    @cached_property
+    @lazy
     def num_free_pages(self) -> int:
         """Free pages once the work on its way has its own."""
         expected = self.status.expected_output_tokens
         taken = [self.pages_for(work.num_reserved_tokens(expected)) for work in self.outstanding]
         return max(0, self.status.num_free_pages - sum(taken))
 
-    @cached_property
+    @lazy
     def load(self) -> Load:
         """By this router's own account, unless others have requests there too."""
         status = self.status
@@ -51,12 +52,12 @@ class DecodeState:
         sent = Load.of_work(self.outstanding, status.num_levels)
         return Load.of_status(status).plus(sent)
 
-    @cached_property
+    @lazy
     def times(self) -> TokenTimes:
         """What tokens take as things are."""
         return TokenTimes(self.load, self.status.step_cost, self.status.max_rows)
 
-    @cached_property
+    @lazy
     def lowered_times(self) -> TokenTimes:
         """What they take once all that this router has there runs at the lowest level it may."""
         load = self.load.lowered(self.placed)
@@ -65,11 +66,13 @@ class DecodeState:
     def for_prompt(self, num_matched_tokens: int) -> DecodeState:
         """The same for a prompt of which so many tokens are believed to be cached there."""
         # These do not depend on the prompt, and are worked out once for many.
-        worked_out = {"load": self.load, "times": self.times, "num_free_pages": self.num_free_pages}
-        return _copy(self, **worked_out, num_matched_tokens=num_matched_tokens)
+        times, num_free_pages = self.times, self.num_free_pages
+        return _copy(
+            self, times=times, num_free_pages=num_free_pages, num_matched_tokens=num_matched_tokens
+        )
 
 
-@dataclass(frozen=True)
+@dataclass
 class PrefillState:
     """A prefill worker; `num_outstanding_tokens` were sent there and are not in `status` yet.
 
@@ -86,7 +89,7 @@ class PrefillState:
         queue_s = self.queue_s
         return _copy(self, queue_s=queue_s, num_matched_tokens=num_matched_tokens)
 
-    @cached_property
+    @lazy
     def queue_s(self) -> float:
         """Seconds of work there; what is not in its status is taken for short prompts."""
         cost = self.status.cost
