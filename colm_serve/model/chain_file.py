@@ -6,17 +6,16 @@ on; a file that is missing, truncated, damaged or of another model is refused by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from colm_serve.errors import CheckpointError
-from colm_serve.model.content_digest import ContentDigest
+from colm_serve.model.content_digest import content_digest
 
 _FORMAT = "colm-chain-1"
 
@@ -43,7 +42,7 @@ def write_chain(
         base: digest of the chain 1 it belongs to; None for chain 1 itself.
     """
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    digest = _digest(stored, stored.__getitem__)
+    digest = content_digest(stored, stored.__getitem__)
     path = chain_path(folder, chain)
     save_file(stored, path, chain_header(chain, digest, base))
     path.chmod(0o644)  # safetensors would keep it to its owner
@@ -69,7 +68,7 @@ def read_chain(folder: Path, chain: int, base: str) -> dict[str, Tensor]:
     check_base(path, header, base)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _check_digest(path, header, _digest(tensors, tensors.__getitem__))
+    _check_digest(path, header, content_digest(tensors, tensors.__getitem__))
     return tensors
 
 
@@ -98,7 +97,7 @@ def check_chain(folder: Path, chain: int) -> list[str]:
     header = read_header(path, chain)
     with safe_open(path, framework="pt") as file:
         names: list[str] = sorted(file.keys())
-    _check_digest(path, header, _digest(names, partial(read_tensor, folder, chain)))
+    _check_digest(path, header, content_digest(names, partial(read_tensor, folder, chain)))
     return names
 
 
@@ -135,12 +134,3 @@ def check_base(path: Path, header: Mapping[str, str], base: str) -> None:
 def _check_digest(path: Path, header: Mapping[str, str], found: str) -> None:
     if found != header["digest"]:
         raise CheckpointError(f"{path}: damaged: its content does not match its digest")
-
-
-def _digest(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    digest = ContentDigest()
-    for name in sorted(names):
-        tensor = read(name).contiguous()
-        digest.begin(name, tensor.dtype, tensor.shape)
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

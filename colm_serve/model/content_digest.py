@@ -1,11 +1,12 @@
-"""The digest that a chain's file carries of its content."""
+"""The digest that chain files and checkpoints carry of their content."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import xxhash
+from torch import Tensor
 
 
 class ContentDigest:
@@ -27,3 +28,13 @@ class ContentDigest:
     def hexdigest(self) -> str:
         """32 characters."""
         return str(self._state.hexdigest())
+
+
+def content_digest(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """The digest of tensors in memory or in a file; one is read at a time."""
+    digest = ContentDigest()
+    for name in sorted(names):
+        tensor = read(name).contiguous()
+        digest.begin(name, tensor.dtype, tensor.shape)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

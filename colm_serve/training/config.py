@@ -127,6 +127,11 @@ class TrainConfig:
                 not self.model.tie_embeddings,
                 "null, as the head of a model with tie_embeddings is part of its backbone",
             )
+            self._check(
+                "backbone_steps",
+                self.tuning is None or self.tuning.lora_rank is None,
+                "null with tuning.lora_rank, which trains what the heads' stage would freeze",
+            )
             shortest = min(self.backbone_steps, self.num_steps - self.backbone_steps)
         self._check("warmup_steps", 0 <= self.warmup_steps <= shortest, f"0 to {shortest}")
 

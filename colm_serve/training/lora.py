@@ -8,7 +8,7 @@ Shapes: T rows (tokens), D input width, O output width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,16 +59,9 @@ def add_adapters(model: ColmModel, rank: int, first_chain: int, seed: int) -> No
         inject_adapter_in_model(config, model)
 
 
-def freeze_all_but_adapters(model: ColmModel) -> None:
-    """Take every weight but the adapters' out of training."""
-    for name, parameter in model.named_parameters():
-        if _MARK not in name:
-            parameter.requires_grad_(False)
-
-
-def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a model's tensors that belong to adapters."""
-    return {name: tensor for name, tensor in tensors.items() if _MARK in name}
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return _MARK in name
 
 
 @torch.no_grad()

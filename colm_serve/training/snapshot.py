@@ -1,10 +1,10 @@
 """Checkpoints of a run: weights, optimizer state and place in the schedule, all or nothing.
 
     run folder/checkpoint-00000600/
-        config.json chain-<i>.safetensors    the model, as every model folder holds it
-        adapters.safetensors                 what peft adds to the model, if it does
-        optimizer.safetensors                AdamW's state of what trains, by parameter name
-        state.json                           recipe, step and place in a streamed corpus
+        weights.safetensors      what the run trains, by parameter name
+        optimizer.safetensors    AdamW's state of what trains now, by parameter name
+        state.json               recipe, step, place in a streamed corpus, and the digests of these
+                                 files and of the tuned model's, which hold the other weights
 
 A checkpoint is renamed into place once it is whole, and the one before is kept, so a run that is
 killed at any moment has one to go on from.
@@ -29,23 +29,30 @@ from torch.optim import AdamW
 
 from colm_serve.errors import CheckpointError, InvalidConfig
 from colm_serve.files import new_folder
-from colm_serve.model.checkpoint import carried_files, load_model, save_model
+from colm_serve.model.checkpoint import carried_files, save_model
+from colm_serve.model.content_digest import content_digest
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.data_parallel import DataParallel, shard_like
-from colm_serve.training.lora import adapter_tensors, merge_adapters
+from colm_serve.training.lora import merge_adapters
+from colm_serve.training.starting_point import StartingPoint
 from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer
 
 _log = logging.getLogger(__name__)
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 _NUM_KEPT = 2
-_ADAPTERS = "adapters.safetensors"
+_WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole checkpoint: weights and AdamW's state by the parameter's name, and what each
-    process's `Batches.state` said.
+    """A whole checkpoint.
+
+    Attributes:
+        weights: what the run trains, by the parameter's name.
+        optimizer: AdamW's state, by its key and the parameter's name.
+        batches: what `Batches.state` said in the processes.
+        base_digests: of the chain files that hold all other weights.
     """
 
     folder: Path
@@ -53,42 +60,45 @@ class Snapshot:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     batches: Mapping[str, Any]
+    base_digests: tuple[str, ...]
 
 
 def take_snapshot(
     run_folder: Path,
     group: DataParallel,
-    model: ColmModel,
+    start: StartingPoint,
     optimizer: AdamW,
     batches: Mapping[str, Any],
     step: int,
 ) -> Snapshot:
     """The state after `step` steps. Every process calls it; the leader's holds the tensors."""
+    model = start.model
     if isinstance(model, FSDPModule):
         # A forward pass without a backward one leaves whole weights in place of the shards.
         model.reshard()
-    weights = group.collect(model.named_parameters())
-    state = group.collect(_optimizer_state(model, optimizer))
-    folder = run_folder / f"checkpoint-{step:08d}"
-    return Snapshot(folder, step, weights, state, group.merge(batches))
+    return Snapshot(
+        run_folder / f"checkpoint-{step:08d}",
+        step,
+        group.collect((n, p) for n, p in model.named_parameters() if n in start.trained_names),
+        group.collect(_optimizer_state(model, optimizer)),
+        group.merge(batches),
+        start.base_digests,
+    )
 
 
 def save_snapshot(snapshot: Snapshot, config: TrainConfig) -> None:
     """Write a snapshot to its folder; older ones of the run but the last go away."""
+    files = {_WEIGHTS: snapshot.weights, _OPTIMIZER: snapshot.optimizer}
+    state = {
+        "step": snapshot.step,
+        "recipe": config.to_dict(),
+        "batches": dict(snapshot.batches),
+        "digests": {name: _digest(tensors) for name, tensors in files.items()},
+        "base_digests": snapshot.base_digests,
+    }
     with new_folder(snapshot.folder) as staging:
-        with torch.device("meta"):
-            model = ColmModel(config.model)
-        model.load_state_dict(snapshot.weights, strict=False, assign=True)
-        tuning = config.tuning
-        save_model(model, staging, first_files=tuning.frozen_files(tuning.base) if tuning else ())
-        if adapters := adapter_tensors(snapshot.weights):
-            save_file(adapters, staging / _ADAPTERS)
-        save_file(dict(snapshot.optimizer), staging / "optimizer.safetensors")
-        state = {
-            "step": snapshot.step,
-            "recipe": config.to_dict(),
-            "batches": dict(snapshot.batches),
-        }
+        for name, tensors in files.items():
+            save_file(dict(tensors), staging / name)
         (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
     # A later one can only be there damaged, and says nothing about which to keep.
     past = checkpoint_folders(snapshot.folder.parent)
@@ -106,23 +116,29 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
     """The newest checkpoint that can be read, or None when the run has none.
 
     Raises:
-        InvalidConfig: it was written by another recipe; the message names the first difference.
+        InvalidConfig: it was written by another recipe, or on another base; the message names
+            the first difference.
     """
     for folder in reversed(checkpoint_folders(run_folder)):
         try:
             state = json.loads((folder / "state.json").read_text("utf-8"))
-            step, recipe, batches = state["step"], state["recipe"], state["batches"]
-            weights: dict[str, Tensor] = dict(load_model(folder).model.named_parameters())
-            if (folder / _ADAPTERS).exists():
-                weights |= load_file(folder / _ADAPTERS)
-            optimizer = load_file(folder / "optimizer.safetensors")
+            recipe = state["recipe"]
+            snapshot = Snapshot(
+                folder,
+                state["step"],
+                _read(folder / _WEIGHTS, state["digests"]),
+                _read(folder / _OPTIMIZER, state["digests"]),
+                state["batches"],
+                tuple(state["base_digests"]),
+            )
         except (OSError, ValueError, KeyError, CheckpointError, SafetensorError) as error:
             _log.warning("%s cannot be read, trying the one before: %s", folder, error)
             continue
         _check_recipe(folder, config.to_dict(), recipe)
-        if config.tuning is not None:
-            config.tuning.check_same_base(folder)
-        return Snapshot(folder, step, weights, optimizer, batches)
+        if config.tuning is not None and config.tuning.base_digests() != snapshot.base_digests:
+            allowed = f"the model that {run_folder} began with"
+            raise InvalidConfig("tuning.base", str(config.tuning.base), allowed)
+        return snapshot
     return None
 
 
@@ -135,26 +151,26 @@ def export_model(run_folder: Path, config: TrainConfig, model_folder: Path) -> P
     snapshot = load_newest_snapshot(run_folder, config)
     if snapshot is None:
         raise CheckpointError(f"{run_folder}: no checkpoint yet; train some more")
-    model = load_model(snapshot.folder).model
+    start = StartingPoint.of(config)
+    restore_weights(snapshot, start)
     if config.tuning is None:
-        save_model(model, model_folder)
+        save_model(start.model, model_folder)
         save_tokenizer(load_tokenizer(run_folder), model_folder, config.model.max_context)
     else:
-        config.tuning.add_adapters(model, config.seed)
-        restore_weights(snapshot, model)
-        merge_adapters(model)
-        save_model(model, model_folder, first_files=config.tuning.frozen_files(snapshot.folder))
+        merge_adapters(start.model)
+        save_model(start.model, model_folder, first_files=config.tuning.frozen_files)
         for path in carried_files(config.tuning.base):
             shutil.copyfile(path, model_folder / path.name)
     config.save(model_folder / "train.yaml")
     return model_folder
 
 
-def restore_weights(snapshot: Snapshot, model: ColmModel) -> None:
+def restore_weights(snapshot: Snapshot, start: StartingPoint) -> None:
     """Put a checkpoint's weights in place."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(snapshot.weights[name])
+        for name, parameter in start.model.named_parameters():
+            if name in start.trained_names:
+                parameter.copy_(snapshot.weights[name])
 
 
 def restore_optimizer(snapshot: Snapshot, model: ColmModel, optimizer: AdamW) -> None:
@@ -166,6 +182,17 @@ def restore_optimizer(snapshot: Snapshot, model: ColmModel, optimizer: AdamW) ->
                 key: shard_like(snapshot.optimizer[f"{key}.{name}"], parameter)
                 for key in _OPTIMIZER_STATE
             }
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return content_digest(tensors, tensors.__getitem__)
+
+
+def _read(path: Path, digests: Mapping[str, str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(path)
+    if _digest(tensors) != digests[path.name]:
+        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+    return tensors
 
 
 def _optimizer_state(model: ColmModel, optimizer: AdamW) -> Iterator[tuple[str, Tensor]]:

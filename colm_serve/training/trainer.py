@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from colm_serve.model.initial import initial_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.data_parallel import DataParallel, gather, join_processes
@@ -33,6 +32,7 @@ from colm_serve.training.snapshot import (
     take_snapshot,
 )
 from colm_serve.training.stage import stage_at
+from colm_serve.training.starting_point import StartingPoint
 from colm_serve.training.stop_signal import StopSignal
 from colm_serve.training.tokenizer import token_bytes
 
@@ -117,15 +117,15 @@ class Trainer:
         self.batches = dataset.open_batches(snapshot.batches if snapshot else {})
         self.step = snapshot.step if snapshot else 0
         self.stage = stage_at(config, self.step)
-        begin = config.tuning.open_base if config.tuning else initial_model
-        self.model = begin(config.model, config.seed)
+        self.start = StartingPoint.of(config)
+        self.model = self.start.model
         self.model.recompute_activations = config.recompute_activations
         if snapshot:
-            restore_weights(snapshot, self.model)
+            restore_weights(snapshot, self.start)
         self.model.to(group.device)
         self.stage.freeze_others(self.model)
         if config.tuning:
-            config.tuning.freeze(self.model)
+            config.tuning.freeze(self.model, self.start.trained_names)
         group.shard(self.model)
         self.optimizer = _make_optimizer(self.model, config)
         if snapshot and self.step > self.stage.first_step:
@@ -176,7 +176,7 @@ class Trainer:
         snapshot = take_snapshot(
             self.run_folder,
             self.group,
-            self.model,
+            self.start,
             self.optimizer,
             self.batches.state(),
             self.step,

@@ -3,9 +3,12 @@ training that follows an expansion (4.2)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from colm_serve.errors import InvalidConfig
 from colm_serve.model.chain_file import chain_digest, chain_path
@@ -13,7 +16,7 @@ from colm_serve.model.checkpoint import chain_tensors, load_model
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.layers import ChainLinear
 from colm_serve.model.transformer import ColmModel
-from colm_serve.training.lora import add_adapters, freeze_all_but_adapters
+from colm_serve.training.lora import add_adapters, is_adapter
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Tuning:
             the loss. From one on, chain 1's file is the base's, byte for byte, so both models
             share a prefill pool and a prefix cache.
         lora_rank: of the matrices that `peft` adds to those of the other chains' blocks, which
-            then are all that trains; the product is merged in the end. The chains must have been
-            trained: what an expansion just added has a head of zeros, and no gradient. None:
-            every weight of the other chains trains.
+            then train instead; the product is merged in the end. The head of a chain that an
+            expansion has just added is zero, and lets no gradient through: it trains as a whole
+            with them. None: every weight of the other chains trains.
 
     Raises:
         InvalidConfig: a value that is not allowed, named with what is.
@@ -77,25 +80,44 @@ class Tuning:
         if self.lora_rank is not None:
             add_adapters(model, self.lora_rank, self.frozen_chains + 1, seed)
 
-    def freeze(self, model: ColmModel) -> None:
+    def trained_names(self, model: ColmModel) -> frozenset[str]:
+        """Names of the parameters that the run changes, of a model as `open_base` gives it."""
+        if self.lora_rank is None:
+            frozen = {id(weight) for weight in self._frozen_weights(model)}
+            return frozenset(n for n, p in model.named_parameters() if id(p) not in frozen)
+        heads = {id(weight) for weight in self._new_heads(model)}
+        return frozenset(
+            name for name, p in model.named_parameters() if is_adapter(name) or id(p) in heads
+        )
+
+    def freeze(self, model: ColmModel, trained_names: frozenset[str]) -> None:
         """Take out of training what stays as it is, whatever the stage trains."""
-        if self.lora_rank is not None:
-            freeze_all_but_adapters(model)
-        for chain in range(1, self.frozen_chains + 1):
-            for _, weight in chain_tensors(model, chain):
-                weight.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name not in trained_names:
+                parameter.requires_grad_(False)
         for module in model.modules():
             if isinstance(module, ChainLinear):
                 module.num_frozen = self.frozen_chains
 
-    def frozen_files(self, folder: Path) -> list[Path]:
-        """The files of the frozen chains in a folder of this run."""
-        return [chain_path(folder, chain) for chain in range(1, self.frozen_chains + 1)]
+    @property
+    def frozen_files(self) -> list[Path]:
+        """The base's files of the frozen chains."""
+        return [chain_path(self.base, chain) for chain in range(1, self.frozen_chains + 1)]
 
-    def check_same_base(self, snapshot: Path) -> None:
-        """Raise InvalidConfig if the base's frozen chains have changed since a checkpoint."""
+    def base_digests(self) -> tuple[str, ...]:
+        """Those of the base's chain files."""
+        num_chains = ColmConfig.load(self.base).num_chains
+        return tuple(chain_digest(self.base, chain) for chain in range(1, num_chains + 1))
+
+    def _frozen_weights(self, model: ColmModel) -> Iterator[nn.Parameter]:
         for chain in range(1, self.frozen_chains + 1):
-            if chain_digest(self.base, chain) != chain_digest(snapshot, chain):
-                raise InvalidConfig(
-                    "tuning.base", str(self.base), f"the model that {snapshot.parent} began with"
-                )
+            yield from (weight for _, weight in chain_tensors(model, chain))
+
+    def _new_heads(self, model: ColmModel) -> Iterator[nn.Parameter]:
+        """The heads of later chains that do not look at their chain yet."""
+        assert model.head is not None
+        widths = model.config.chain_dims
+        for chain in range(self.frozen_chains, model.num_chains):
+            weight = model.head.weights[chain]
+            if not weight[:, -widths[chain] :].any():
+                yield weight

@@ -13,7 +13,7 @@ from colm_serve.model.checkpoint import load_model
 from colm_serve.model.initial import initial_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
-from colm_serve.training.snapshot import checkpoint_folders
+from colm_serve.training.snapshot import export_model
 from colm_serve.training.stage import Stage, stage_at
 from colm_serve.training.trainer import learning_rate, train
 from tests.training.runs import MODEL, StopAfter, losses
@@ -64,7 +64,7 @@ def test_heads_train_on_a_frozen_backbone(
 ) -> None:
     config, run = recipe(model=model, backbone_steps=8), tmp_path / "run"
     train(config, run, data=corpus_folder, device="cpu", stop=StopAfter(8))
-    (before,) = checkpoint_folders(run)
+    before = export_model(run, config, tmp_path / "before")
     result = train(config, run, data=corpus_folder, device="cpu")
     assert result.model_folder is not None
     old, new = (load_model(folder).model for folder in (before, result.model_folder))

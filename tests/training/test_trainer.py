@@ -98,8 +98,21 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(
         assert torch.equal(weight, other), name
 
 
+def truncate(checkpoint: Path) -> None:
+    path = checkpoint / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = checkpoint / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
 def test_half_written_and_damaged_checkpoints_are_passed_over(
-    recipe: MakeRecipe, corpus_folder: Path, tmp_path: Path
+    recipe: MakeRecipe, corpus_folder: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     config, run = recipe(checkpoint_interval_s=1e-6), tmp_path / "run"
     result = train(config, run, data=corpus_folder, device="cpu", stop=StopAfter(6))
@@ -113,8 +126,7 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(
     half_written = run / ".checkpoint-00000007.tmp"
     shutil.copytree(newest, half_written)
     (half_written / "state.json").unlink()
-    optimizer = newest / "optimizer.safetensors"
-    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    damage(newest)
 
     resumed = train(config, run, data=corpus_folder, device="cpu")
     straight = train(config, tmp_path / "straight", data=corpus_folder, device="cpu")

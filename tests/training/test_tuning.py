@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from colm_serve.convert.expand import expand
@@ -23,6 +24,7 @@ from colm_serve.model.layers import ChainLinear
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.loss import multi_chain_loss
 from colm_serve.training.report import Report, evaluate_folder
+from colm_serve.training.snapshot import checkpoint_folders
 from colm_serve.training.stage import stage_at
 from colm_serve.training.trainer import train
 from colm_serve.training.tuning import Tuning
@@ -114,11 +116,69 @@ def test_lora_tunes_a_trained_chain_and_is_merged_into_its_file(
             assert not change.any(), name
 
 
-@pytest.mark.parametrize("lora_rank", [None, 2])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(
-    tuned: Path, tmp_path: Path, lora_rank: int | None
+def test_lora_trains_a_new_chain_s_head_as_a_whole(
+    base: Path, expanded: Path, tmp_path: Path
 ) -> None:
-    config = recipe_for(tuned, tuning={"lora_rank": lora_rank}, num_steps=10)
+    config = recipe_for(expanded, tuning={"lora_rank": 4})
+    folder = run_recipe(config, tmp_path)
+    level_1, level_2 = heldout_losses(folder)
+    assert level_2 < level_1 - 0.05
+    assert_first_chain_is_kept(folder, base)
+    before, after = (load_model(f).model for f in (expanded, folder))
+    for name, weight in before.named_parameters():
+        change = (after.get_parameter(name) - weight).detach()
+        if name.startswith("blocks") and name.endswith("weights.1") and weight.ndim == 2:
+            assert 0 < torch.linalg.matrix_rank(change, rtol=1e-3) <= 4, name
+        else:
+            assert change.any() == (name == "head.weights.1"), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "head.weights.2"),
+        ({"head": "per_level"}, "head.weights.2"),
+        ({"tie_embeddings": True}, "embedding.weights.2"),
+    ],
+)
+def test_only_the_heads_of_new_chains_train_beside_adapters(
+    changes: dict[str, Any], name: str
+) -> None:
+    model = initial_model(replace(MODEL, **{"tie_embeddings": False, **changes}), seed=0)
+    tuning = Tuning(Path(), 1, lora_rank=2)
+    tuning.add_adapters(model, seed=0)
+    assert not [n for n in tuning.trained_names(model) if "lora_" not in n]
+    assert model.head is not None
+    with torch.no_grad():
+        model.head.weights[2][:, -16:].zero_()  # as `expand` leaves what chain 3 adds
+    assert [n for n in tuning.trained_names(model) if "lora_" not in n] == [name]
+
+
+def test_a_checkpoint_holds_what_trains_and_no_more(
+    expanded: Path, tuned: Path, tmp_path: Path
+) -> None:
+    for number, (base, lora_rank) in enumerate([(expanded, None), (tuned, 2), (expanded, 2)]):
+        run = tmp_path / str(number)
+        config = recipe_for(base, tuning={"lora_rank": lora_rank})
+        train(config, run, data=DATA, device="cpu", stop=StopAfter(1))
+        (folder,) = checkpoint_folders(run)
+        with safe_open(folder / "weights.safetensors", framework="pt") as file:
+            names = set(file.keys())
+        if lora_rank is None:
+            assert names == {
+                n for n, _ in load_model(base).model.named_parameters() if n[-1] == "1"
+            }
+        else:
+            others = {name for name in names if "lora_" not in name}
+            assert others == ({"head.weights.1"} if base == expanded else set())
+
+
+@pytest.mark.parametrize(("is_new", "lora_rank"), [(False, None), (False, 2), (True, 2)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    expanded: Path, tuned: Path, tmp_path: Path, is_new: bool, lora_rank: int | None
+) -> None:
+    base = expanded if is_new else tuned
+    config = recipe_for(base, tuning={"lora_rank": lora_rank}, num_steps=10)
     straight = run_recipe(config, tmp_path / "straight")
     for num_steps in (4, 3):
         stop = StopAfter(num_steps)
@@ -138,7 +198,7 @@ def test_frozen_chains_take_no_part_in_the_backward_pass(lora_rank: int | None) 
         model = initial_model(config, seed=0)
         tuning = Tuning(Path(), 1, lora_rank)
         tuning.add_adapters(model, seed=0)
-        tuning.freeze(model)
+        tuning.freeze(model, tuning.trained_names(model))
         for module in model.modules():
             if isinstance(module, ChainLinear):
                 module.num_frozen *= is_cut
@@ -161,13 +221,16 @@ def test_only_levels_above_the_frozen_ones_count(tuned: Path) -> None:
         assert stage.level_weights(config, generator) == pytest.approx(expected)
 
 
-def test_a_base_that_was_replaced_meanwhile_is_refused(tuned: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("chain", "lora_rank"), [(0, None), (1, 2)])
+def test_a_base_that_was_replaced_meanwhile_is_refused(
+    tuned: Path, tmp_path: Path, chain: int, lora_rank: int | None
+) -> None:
     base = shutil.copytree(tuned, tmp_path / "base")
-    config = recipe_for(base)
+    config = recipe_for(base, tuning={"lora_rank": lora_rank})
     train(config, tmp_path / "run", data=DATA, device="cpu", stop=StopAfter(2))
     model = load_model(base).model
     with torch.no_grad():
-        model.embedding.weights[0].add_(1)
+        model.embedding.weights[chain].add_(1)
     save_model(model, base)
     with pytest.raises(InvalidConfig, match=r"tuning\.base: .*the model that .*run began with"):
         train(config, tmp_path / "run", data=DATA, device="cpu")
@@ -180,6 +243,10 @@ def test_a_base_that_was_replaced_meanwhile_is_refused(tuned: Path, tmp_path: Pa
         ({"tuning": {"frozen_chains": True}}, r"tuning\.frozen_chains: True"),
         ({"tuning": {"lora_rank": 0}}, r"tuning\.lora_rank: 0 .*a positive integer, or null"),
         ({"tuning": {"rank": 4}}, r"tuning: .*of the keys \['base', 'frozen_chains', 'lora_rank'"),
+        (
+            {"tuning": {"lora_rank": 2}, "backbone_steps": 5},
+            "backbone_steps: 5 .*allowed: null",
+        ),
         ({"lower_levels": 1}, "lower_levels: 1 .*allowed: 0 to 0"),
     ],
 )
