@@ -212,16 +212,37 @@ def test_imports_stand_at_the_top_and_are_absolute(source: Source) -> None:
         assert not (isinstance(node, ast.ImportFrom) and node.level), "a relative import"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             inner = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
-            # Kernels are chosen in one place; what grammars, LoRA, parquet files and Hugging Face
-            # datasets need is heavy, and few ask.
+            # Kernels are chosen in one place; what grammars, LoRA, parquet files, Hugging Face
+            # datasets and several processes need is heavy, and few ask.
             lazy = (
                 "kernels/dispatch.py",
                 "engine/grammar_compiler.py",
+                "training/data_parallel.py",
                 "training/lora.py",
                 "training/rows.py",
                 "training/streamed_corpus.py",
             )
             assert not inner or source.name in lazy, f"line {inner[0].lineno}"
+
+
+def test_no_command_waits_for_imports_that_few_need() -> None:
+    heavy = {
+        "datasets", "peft", "pyarrow", "torch.distributed.fsdp", "torch.distributed.tensor",
+        "transformers",
+    }  # fmt: skip
+    for source in SOURCES:
+        top = Source(source.name, ast.Module([n for n in source.tree.body if _is_import(n)], []))
+        slow = {name for name in top.imports if any(_is_in(name, package) for package in heavy)}
+        assert not slow or source.name == "training/fully_sharded.py", source.name
+        assert "colm_serve.training.fully_sharded" not in top.imports, source.name
+
+
+def _is_import(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def _is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def test_nothing_unpickles_or_runs_what_it_reads() -> None:

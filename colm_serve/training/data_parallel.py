@@ -1,13 +1,11 @@
-"""Processes that train one model together: FSDP2 over the processes that torchrun starts.
+"""The processes that train one model together, and what they do in common.
 
-Every process computes its share of a step's micro-batches; weights, gradients and optimizer state
-are sharded among all. Without torchrun there is one process, and nothing here communicates.
+Every process computes its share of a step's micro-batches. Without torchrun there is one process,
+and nothing communicates; `FullySharded` is what several do.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from colm_serve.errors import InvalidConfig
 from colm_serve.model.transformer import ColmModel
@@ -26,7 +22,7 @@ from colm_serve.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class DataParallel:
-    """This process's place among those that train together.
+    """This process's place among those that train together; here it is alone.
 
     Attributes:
         device: what this process computes on.
@@ -61,57 +57,42 @@ class DataParallel:
             )
 
     def shard(self, model: ColmModel) -> None:
-        """Spread the weights over the processes, one unit a block and one for the rest."""
-        if self.num_processes == 1:
-            return
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
-        register_fsdp_forward_method(model, "level_logits")
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Gloo adds up, but does not average.
-                module.set_force_sum_reduction_for_comms(True)
+        """Spread the weights over the processes."""
+
+    def reshard(self, model: ColmModel) -> None:
+        """Give back whole weights that a forward pass has left in place of the shards."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor, of which this process may hold a shard; all processes call it."""
+        return tensor
+
+    def share(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This process's part of a whole tensor that belongs to a parameter."""
+        return tensor.to(parameter.device)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of every process's value."""
-        if self.num_processes > 1:
-            dist.all_reduce(value)
-        return value / self.num_processes
+        return value
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process: all take the same turn at the same step."""
-        if self.num_processes == 1:
-            return flag
-        flags = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+        return flag
+
+    def merge(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Every process's entries, plain values, together."""
+        return dict(entries)
+
+    def wait_for_all(self) -> None:
+        """Return once every process is here."""
 
     def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Whole tensors by name, on the leader's CPU; the others, which call it too, get none."""
         collected = {}
         for name, tensor in tensors:
-            whole = gather(tensor.detach())
+            whole = self.whole(tensor.detach())
             if self.leads:
                 collected[name] = whole.cpu().contiguous()
         return collected
-
-    def merge(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Every process's entries, plain values, together."""
-        if self.num_processes == 1:
-            return dict(entries)
-        text = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
-        sizes = torch.zeros(self.num_processes, dtype=torch.int64, device=self.device)
-        sizes[self.rank] = len(text)
-        dist.all_reduce(sizes)
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
-        padded[: len(text)] = text
-        parts = [torch.empty_like(padded) for _ in range(self.num_processes)]
-        dist.all_gather(parts, padded)
-        merged: dict[str, Any] = {}
-        for part, size in zip(parts, sizes.tolist(), strict=True):
-            merged |= json.loads(bytes(part[:size].tolist()))
-        return merged
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -123,11 +104,6 @@ class DataParallel:
         finally:
             if self.leads:
                 self.wait_for_all()
-
-    def wait_for_all(self) -> None:
-        """Return once every process is here."""
-        if self.num_processes > 1:
-            dist.barrier()
 
 
 @contextmanager
@@ -141,28 +117,8 @@ def join_processes(device: str | None) -> Iterator[DataParallel]:
     if not dist.is_torchelastic_launched():
         yield DataParallel(torch.device(device))
         return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    is_ours = not dist.is_initialized()
-    if is_ours:
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    try:
-        yield DataParallel(torch.device(device), dist.get_rank(), dist.get_world_size())
-    finally:
-        if is_ours:
-            dist.destroy_process_group()
+    # Nearly a second's import, which every command would wait for.
+    from colm_serve.training.fully_sharded import FullySharded
 
-
-def gather(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, of which this process may hold a shard; all processes call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This process's part of a whole tensor that belongs to a parameter."""
-    tensor = tensor.to(parameter.device)
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    with FullySharded.joined(device) as group:
+        yield group

@@ -24,7 +24,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 
 from colm_serve.errors import CheckpointError, InvalidConfig
@@ -33,7 +32,7 @@ from colm_serve.model.checkpoint import carried_files, save_model
 from colm_serve.model.content_digest import content_digest
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
-from colm_serve.training.data_parallel import DataParallel, shard_like
+from colm_serve.training.data_parallel import DataParallel
 from colm_serve.training.lora import merge_adapters
 from colm_serve.training.starting_point import StartingPoint
 from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer
@@ -73,9 +72,7 @@ def take_snapshot(
 ) -> Snapshot:
     """The state after `step` steps. Every process calls it; the leader's holds the tensors."""
     model = start.model
-    if isinstance(model, FSDPModule):
-        # A forward pass without a backward one leaves whole weights in place of the shards.
-        model.reshard()
+    group.reshard(model)
     return Snapshot(
         run_folder / f"checkpoint-{step:08d}",
         step,
@@ -173,13 +170,15 @@ def restore_weights(snapshot: Snapshot, start: StartingPoint) -> None:
                 parameter.copy_(snapshot.weights[name])
 
 
-def restore_optimizer(snapshot: Snapshot, model: ColmModel, optimizer: AdamW) -> None:
+def restore_optimizer(
+    snapshot: Snapshot, group: DataParallel, model: ColmModel, optimizer: AdamW
+) -> None:
     """Put a checkpoint's moments in place, for the weights that train."""
     for name, parameter in _trained(model):
         # A head has none before its level is first drawn.
         if f"step.{name}" in snapshot.optimizer:
             optimizer.state[parameter] = {
-                key: shard_like(snapshot.optimizer[f"{key}.{name}"], parameter)
+                key: group.share(snapshot.optimizer[f"{key}.{name}"], parameter)
                 for key in _OPTIMIZER_STATE
             }
 

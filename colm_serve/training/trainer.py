@@ -17,7 +17,7 @@ from torch.optim import AdamW
 
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
-from colm_serve.training.data_parallel import DataParallel, gather, join_processes
+from colm_serve.training.data_parallel import DataParallel, join_processes
 from colm_serve.training.dataset import Dataset, prepare_dataset
 from colm_serve.training.loss import LevelLoss, evaluate, multi_chain_loss
 from colm_serve.training.metrics import MetricsLog
@@ -129,7 +129,7 @@ class Trainer:
         group.shard(self.model)
         self.optimizer = _make_optimizer(self.model, config)
         if snapshot and self.step > self.stage.first_step:
-            restore_optimizer(snapshot, self.model, self.optimizer)
+            restore_optimizer(snapshot, group, self.model, self.optimizer)
         if snapshot:
             _log.info("going on from %s: training %s", snapshot.folder, self.stage.trains)
         self.metrics = MetricsLog(run_folder / "metrics.jsonl", self.step) if group.leads else None
@@ -169,7 +169,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return self.group.mean(total).item(), gather(grad_norm).item()
+        return self.group.mean(total).item(), self.group.whole(grad_norm).item()
 
     def save(self) -> None:
         """Write a checkpoint of the state as it is."""
