@@ -90,7 +90,7 @@ def test_equal_runs_write_equal_plots(config: Path, trace: Path, tmp_path: Path)
 def test_without_matplotlib_only_the_plots_are_missing(
     config: Path, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("cli", "simulate.report"):
+    for module in ("cli.simulation", "simulate.report"):
         monkeypatch.setattr(f"colm_serve.{module}.HAS_MATPLOTLIB", False)
     out = tmp_path / "out"
     result = RUNNER.invoke(app, ["simulate", str(config), str(trace), "--out", str(out)])
