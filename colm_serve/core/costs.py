@@ -34,8 +34,8 @@ class StepCost:
             cached_tokens_per_chain: how many tokens they attend to, all rows together.
         """
         attended = cached_tokens_per_chain or (0,) * len(rows_per_chain)
-        counts = zip(rows_per_chain, attended, strict=False)
-        return sum(self.chain_step_s(chain, *each) for chain, each in enumerate(counts))
+        chains = range(len(rows_per_chain))
+        return sum(map(self.chain_step_s, chains, rows_per_chain, attended))
 
     def chain_step_s(self, chain: int, num_rows: float, num_cached_tokens: float) -> float:
         """One chain's part of a step; 0 where nothing has been measured of it."""

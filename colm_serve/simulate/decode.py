@@ -122,10 +122,10 @@ class VirtualDecodeWorker:
     def local_load(self, sequence: VirtualSequence) -> LocalLoad:
         """What computing the tokens that the sequence lacks would cost, if that may be chosen."""
         most = sequence.num_missing
-        others = (other for other in self._prefilling if other is not sequence)
+        others = [other for other in self._prefilling if other is not sequence]
         return LocalLoad(
             tokens_per_s=self._prefill_rate.per_s if self._config.adaptive_prefill else None,
-            num_queued_tokens=sum(min(other.num_missing, most) for other in others),
+            num_queued_tokens=sum([min(other.num_missing, most) for other in others]),
             num_rows=len(self._rows.running),
         )
 
@@ -300,8 +300,9 @@ class VirtualDecodeWorker:
         return weights_s + num_tokens * self._costs.prefill.token_s
 
     def _is_in_step(self, sequence: VirtualSequence) -> bool:
-        is_chunk = any(of is sequence for of, _ in self._chunks)
-        return self._run is not None and (is_chunk or self._rows.is_in_step(sequence))
+        if self._run is None:
+            return False
+        return self._rows.is_in_step(sequence) or any(of is sequence for of, _ in self._chunks)
 
     def _drop(self, sequence: VirtualSequence) -> None:
         self._rows.remove(sequence)

@@ -6,6 +6,7 @@ The counts change only when a row comes, goes or moves: until then any number of
 from __future__ import annotations
 
 import heapq
+from operator import mul
 
 from colm_serve.core import StepCost
 from colm_serve.simulate.sequence import VirtualSequence
@@ -17,12 +18,12 @@ class Lockstep:
     def __init__(self, num_levels: int, page_size: int) -> None:
         self.num_steps = 0
         self._page_size = page_size
-        self._rows_per_chain = [0] * num_levels
+        self.rows_per_chain = [0] * num_levels
         self._cached_per_chain = [0] * num_levels
         self._events: list[tuple[int, int, VirtualSequence]] = []
 
     def __len__(self) -> int:
-        return self._rows_per_chain[0]
+        return self.rows_per_chain[0]
 
     def join(self, sequence: VirtualSequence) -> None:
         """It takes part from the next step on; its pages have room for that."""
@@ -67,8 +68,8 @@ class Lockstep:
     def advance(self, num_steps: int) -> list[VirtualSequence]:
         """Take steps; returns the rows, up to date, that end with them or want a page."""
         self.num_steps += num_steps
-        for chain, rows in enumerate(self._rows_per_chain):
-            self._cached_per_chain[chain] += num_steps * rows
+        counts = zip(self._cached_per_chain, self.rows_per_chain, strict=True)
+        self._cached_per_chain = [cached + num_steps * rows for cached, rows in counts]
         due = []
         while self._events and self._events[0][0] <= self.num_steps:
             step, _, sequence = heapq.heappop(self._events)
@@ -78,30 +79,23 @@ class Lockstep:
                 due.append(sequence)
         return due
 
-    def rows_by_level(self) -> list[int]:
-        return _by_level(self._rows_per_chain)
-
     def attended_by_level(self, num_steps: int) -> list[int]:
         """Tokens that the rows of each level attend to once so many further steps are taken."""
-        rows, cached = self.rows_by_level(), _by_level(self._cached_per_chain)
+        rows, cached = by_level(self.rows_per_chain), by_level(self._cached_per_chain)
         return [c + num_steps * r for c, r in zip(cached, rows, strict=True)]
 
     def step_s(self, cost: StepCost) -> tuple[float, float]:
         """Seconds of the next step, and how many more the one after it takes."""
-        rows = self._rows_per_chain
-        growth_s = sum(map(_product, cost.cached_token_s, rows))
+        rows = self.rows_per_chain
+        growth_s: float = sum(map(mul, cost.cached_token_s, rows))
         return cost.step_s(rows, self._cached_per_chain), growth_s
 
     def count(self, sequence: VirtualSequence, level: int, sign: int) -> None:
         for chain in range(level):
-            self._rows_per_chain[chain] += sign
+            self.rows_per_chain[chain] += sign
             self._cached_per_chain[chain] += sign * sequence.num_tokens
 
 
-def _by_level(per_chain: list[int]) -> list[int]:
+def by_level(per_chain: list[int]) -> list[int]:
     """Level 1 first: those that use its chain and not the next one."""
     return [upper - lower for upper, lower in zip(per_chain, [*per_chain[1:], 0], strict=True)]
-
-
-def _product(seconds: float, number: int) -> float:
-    return seconds * number

@@ -154,7 +154,7 @@ class VirtualPrefillWorker:
         chunks = self._scheduler.next_chunks(self.clock.now, self._tokens_per_s)
         self._is_busy = bool(chunks)
         if chunks:
-            num_tokens = sum(chunk.num_tokens for chunk in chunks)
+            num_tokens = sum([chunk.num_tokens for chunk in chunks])
             seconds = self.costs.prefill.seconds(num_tokens, sum(map(_num_attended, chunks)))
             self.clock.at(self.clock.now + seconds, self._complete, chunks, num_tokens, seconds)
 

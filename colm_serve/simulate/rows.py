@@ -12,7 +12,7 @@ from itertools import islice
 
 from colm_serve.core import StepCost
 from colm_serve.decode_worker.sequence import Stage
-from colm_serve.simulate.lockstep import Lockstep
+from colm_serve.simulate.lockstep import Lockstep, by_level
 from colm_serve.simulate.sequence import VirtualSequence
 from colm_serve.simulate.sequence_pages import CountedSequencePages
 
@@ -27,7 +27,7 @@ class Rows:
         self.running: OrderedDict[VirtualSequence, None] = OrderedDict()  # in turn
         self._num_levels = len(cost.chain_s)
         self.num_by_level = [0] * self._num_levels
-        self.num_tokens_by_level = [0] * self._num_levels
+        self._num_tokens_per_chain = [0] * self._num_levels
         self._cost = cost
         self._max_rows = max_rows
         self._pages = pages
@@ -36,6 +36,11 @@ class Rows:
         self._lacking: list[VirtualSequence] = []  # have filled their pages
         self._chosen: list[VirtualSequence] = []  # where they take turns
         self._untold: list[VirtualSequence] = []  # have no first token yet
+
+    @property
+    def num_tokens_by_level(self) -> list[int]:
+        """Tokens made, level 1 first."""
+        return by_level(self._num_tokens_per_chain)
 
     def add(self, sequence: VirtualSequence) -> None:
         """It runs, from the next step on that is chosen."""
@@ -120,15 +125,16 @@ class Rows:
     def complete(self, num_steps: int) -> list[VirtualSequence]:
         """Steps have been taken; returns the sequences that have their last token."""
         if self._lockstep is not None:
-            for index, num_rows in enumerate(self._lockstep.rows_by_level()):
-                self.num_tokens_by_level[index] += num_steps * num_rows
+            counts = zip(self._num_tokens_per_chain, self._lockstep.rows_per_chain, strict=True)
+            self._num_tokens_per_chain = [made + num_steps * rows for made, rows in counts]
             due = [s for s in self._lockstep.advance(num_steps) if s.stage is Stage.RUNNING]
             self._lacking = [s for s in due if s.num_tokens < s.max_length]
         else:
             due, self._chosen = self._chosen, []
             for sequence in due:
                 sequence.num_tokens += 1
-                self.num_tokens_by_level[sequence.level - 1] += 1
+                for chain in range(sequence.level):
+                    self._num_tokens_per_chain[chain] += 1
         return [s for s in due if s.num_tokens == s.max_length and s.stage is Stage.RUNNING]
 
     def _new_lockstep(self) -> Lockstep:

@@ -6,8 +6,9 @@ import heapq
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import count, islice
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -37,9 +38,14 @@ class Lengths(_Frozen):
             raise ValueError(f"mean {self.mean:g} is above max {self.max}")
         return self
 
-    def draw(self, draw: random.Random) -> int:
+    @cached_property
+    def _log_normal(self) -> tuple[float, float]:
+        """Mean and standard deviation of the logarithm."""
         variance = math.log1p(self.spread**2)
-        length = draw.lognormvariate(math.log(self.mean) - variance / 2, math.sqrt(variance))
+        return math.log(self.mean) - variance / 2, math.sqrt(variance)
+
+    def draw(self, draw: random.Random) -> int:
+        length = draw.lognormvariate(*self._log_normal)
         return min(self.max, max(1, round(length)))
 
 
@@ -82,42 +88,41 @@ class SyntheticTrace(_Frozen):
         ).times(random.Random(draw.random()))
         block_ids = count(conversations.num_shared_prefixes)
         order = count()
-        turns: list[tuple[float, int, _Conversation]] = []
+        weights = list(accumulate(kind.weight for kind in self.kinds))
+        turns: _Turns = []
         for begin_s in begins:
             while turns and turns[0][0] <= begin_s:
-                yield from self._turn(*heapq.heappop(turns), turns, block_ids, draw)
-            conversation = _Conversation(self._draw_kind(draw), self._draw_num_turns(draw))
+                yield self._turn(*heapq.heappop(turns), turns, block_ids, draw)
+            kind = self.kinds[0]
+            if len(self.kinds) > 1:
+                (kind,) = draw.choices(self.kinds, cum_weights=weights)
+            conversation = _Conversation(kind, self._draw_num_turns(draw))
             if conversations.num_shared_prefixes:
                 prefix = draw.randrange(conversations.num_shared_prefixes)
                 conversation.blocks += (Block(prefix, conversations.shared_prefix_tokens),)
-            yield from self._turn(begin_s, next(order), conversation, turns, block_ids, draw)
+            yield self._turn(begin_s, next(order), conversation, turns, block_ids, draw)
 
     def _turn(
         self,
         now: float,
         order: int,
         conversation: _Conversation,
-        turns: list[tuple[float, int, _Conversation]],
+        turns: _Turns,
         block_ids: Iterator[int],
         draw: random.Random,
-    ) -> Iterator[TracedRequest]:
+    ) -> TracedRequest:
         """The conversation's next request; the one after it is put among `turns`."""
         kind = conversation.kind
-        message = Block(next(block_ids), kind.prompt.draw(draw))
-        conversation.blocks += (message,)
-        conversation.num_turns_left -= 1
+        blocks = (*conversation.blocks, Block(next(block_ids), kind.prompt.draw(draw)))
         num_output = kind.output.draw(draw)
-        output_id = next(block_ids) if conversation.num_turns_left else None
-        yield TracedRequest(now, conversation.blocks, num_output, kind.sla_class, output_id)
-        if output_id is not None:
-            conversation.blocks += (Block(output_id, num_output),)
-            pause_s = draw.expovariate(1 / self.conversations.mean_pause_s)
-            heapq.heappush(turns, (now + pause_s, order, conversation))
-
-    def _draw_kind(self, draw: random.Random) -> RequestKind:
-        if len(self.kinds) == 1:
-            return self.kinds[0]
-        return draw.choices(self.kinds, [kind.weight for kind in self.kinds])[0]
+        conversation.num_turns_left -= 1
+        if not conversation.num_turns_left:
+            return TracedRequest(now, blocks, num_output, kind.sla_class)
+        output_id = next(block_ids)
+        conversation.blocks = (*blocks, Block(output_id, num_output))
+        pause_s = draw.expovariate(1 / self.conversations.mean_pause_s)
+        heapq.heappush(turns, (now + pause_s, order, conversation))
+        return TracedRequest(now, blocks, num_output, kind.sla_class, output_id)
 
     def _draw_num_turns(self, draw: random.Random) -> int:
         mean = self.conversations.mean_turns
@@ -135,8 +140,12 @@ class SyntheticTrace(_Frozen):
         return load_yaml(cls, "trace", path)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Conversation:
     kind: RequestKind
     num_turns_left: int
-    blocks: tuple[Block, ...] = field(default=())
+    blocks: tuple[Block, ...] = ()
+
+
+#: When each conversation goes on.
+_Turns = list[tuple[float, int, _Conversation]]

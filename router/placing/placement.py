@@ -6,7 +6,7 @@ Choosing among them costs the same for ten workers as for thousands.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 from colm_serve.router.placing.prefix_index import PrefixIndex
@@ -110,14 +110,14 @@ class WorkerGroup(Generic[State]):
         if not self._states:
             return ()
         matches = self._index.matches(hashes, MAX_ALL)
-        if len(self) <= MAX_ALL:
+        num_workers = len(self._states)
+        if num_workers <= MAX_ALL:
             chosen = self._load.least(MAX_ALL)
         else:
             reachable: list[int] = [worker for worker in matches if worker in self._states]
-            drawn: list[int] = [self._load.at(draw(len(self))) for _ in range(NUM_RANDOM)]
+            drawn: list[int] = [self._load.at(draw(num_workers)) for _ in range(NUM_RANDOM)]
             chosen = [*reachable[:NUM_MATCHES], *self._load.least(NUM_LEAST_LOADED), *drawn]
-        # A dict keeps the order, and each worker once.
-        return tuple([self._state(worker, matches) for worker in dict.fromkeys(chosen)])
+        return self._states_of(chosen, matches)
 
     def roomiest(self, hashes: Sequence[int]) -> tuple[State, ...]:
         """Those with the most free pages, and the one with the most pages in all."""
@@ -127,10 +127,14 @@ class WorkerGroup(Generic[State]):
         self._unranked.clear()
         matches = self._index.matches(hashes, MAX_ALL)
         chosen = [*self._fullness.least(NUM_ROOMIEST), *self._smallness.least(1)]
-        return tuple([self._state(worker, matches) for worker in dict.fromkeys(chosen)])
+        return self._states_of(chosen, matches)
 
-    def _state(self, worker: int, matches: dict[int, int]) -> State:
-        state = self._states[worker]
-        if (num_blocks := matches.get(worker)) is None:
-            return state
-        return state.for_prompt(num_blocks * self._block_tokens)
+    def _states_of(self, chosen: Iterable[int], matches: dict[int, int]) -> tuple[State, ...]:
+        states = []
+        # A dict keeps the order, and each worker once.
+        for worker in dict.fromkeys(chosen):
+            state = self._states[worker]
+            if worker in matches:
+                state = state.for_prompt(matches[worker] * self._block_tokens)
+            states.append(state)
+        return tuple(states)
