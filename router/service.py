@@ -34,7 +34,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             async with aclosing(generation) as events:
                 async for event in events:
                     if isinstance(event, Started):
-                        await context.send_initial_metadata(tuple(level_headers([event]).items()))
+                        # As initial metadata it would be a message of its own, ahead of the event.
+                        context.set_trailing_metadata(tuple(level_headers([event]).items()))
                     await context.write(serde.event_to_proto(event))
         except ColmError as error:
             await abort(context, error)

@@ -1,4 +1,4 @@
-"""What clients are told of the level beside their answer: HTTP headers and gRPC metadata."""
+"""What clients are told of the level beside their answer: HTTP headers, trailing gRPC metadata."""
 
 from __future__ import annotations
 

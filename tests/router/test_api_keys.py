@@ -175,9 +175,10 @@ async def test_grpc_status_and_metadata(tmp_path: Path) -> None:
         assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
         metadata = (("authorization", f"Bearer {ACME}"),)
         served = stub.Generate(request, timeout=5, metadata=metadata)
-        told = dict(await served.initial_metadata())
+        async for _ in served:
+            pass
+        told = dict(await served.trailing_metadata())
         assert (told["colm-level"], told["colm-brownout"]) == ("2", "false")
-        served.cancel()
 
 
 async def test_a_batch_takes_no_more_than_its_tenant_may(tmp_path: Path) -> None:
