@@ -7,7 +7,8 @@ from typing import Any
 
 from colm_serve.errors import CheckpointError, InvalidConfig
 from colm_serve.json_file import JsonObject, read_json
-from colm_serve.model.config import ColmConfig, Llama3RopeScaling
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.rope_scaling import Llama3RopeScaling
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -44,8 +45,8 @@ def read_hf_config(folder: Path) -> ColmConfig:
     _check_neutral(raw)
     d_model, num_heads = raw.get("hidden_size", int), raw.get("num_attention_heads", int)
     max_context = raw.get("max_position_embeddings", int, 2048)
-    rope_theta, rope_scaling = _read_rope(raw, max_context)
     try:
+        rope_theta, rope_scaling = _read_rope(raw, max_context)
         return ColmConfig(
             vocab_size=raw.get("vocab_size", int),
             chains=(1,),

@@ -87,6 +87,18 @@ def read_tensor(folder: Path, chain: int, name: str) -> Tensor:
     return tensor
 
 
+def read_shapes(folder: Path, chain: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a chain's tensors by stored name; contents are not read.
+
+    Raises:
+        CheckpointError: the file is missing or truncated.
+    """
+    path = chain_path(folder, chain)
+    read_header(path, chain)
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
 def check_chain(folder: Path, chain: int) -> list[str]:
     """Check a chain's content against its digest, a tensor at a time; returns the stored names.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -25,6 +25,7 @@ from colm_serve.model.chain_file import (
     check_base,
     read_chain,
     read_header,
+    read_shapes,
     write_chain,
 )
 from colm_serve.model.config import ColmConfig
@@ -49,17 +50,19 @@ class LoadedModel(Generic[M_co]):
 
 
 def check_folder(folder: Path) -> ColmConfig:
-    """Read the config and every chain file's header: a cheap look before workers start.
+    """Read the config and every chain file's header, shapes and all: a cheap look before workers
+    start.
 
     Raises:
         CheckpointError, InvalidConfig: as `load_model`, except that contents are not read.
     """
-    config = ColmConfig.load(folder)
+    model = _make_empty(folder, None, with_head=True)
     base = chain_digest(folder, 1)
-    for chain in range(2, config.num_chains + 1):
+    for chain in range(1, model.num_chains + 1):
         path = chain_path(folder, chain)
         check_base(path, read_header(path, chain), base)
-    return config
+        _check_shapes(path, read_shapes(folder, chain), dict(chain_tensors(model, chain)))
+    return model.config
 
 
 def carried_files(folder: Path) -> list[Path]:
@@ -172,16 +175,30 @@ def _load_chain(
     path, tensors = chain_path(folder, chain), read_chain(folder, chain, base)
     slots = dict(chain_tensors(model, chain))
     unread = set() if model.head is not None else _HEAD_TENSORS
-    if foreign := sorted(tensors.keys() - slots.keys() - unread):
-        raise CheckpointError(f"{path}: tensor {foreign[0]} has no place in the config's model")
-    for name, parameter in slots.items():
-        if name not in tensors:
-            raise CheckpointError(f"{path}: tensor {name} is missing")
-        found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-        if found != expected:
-            raise CheckpointError(f"{path}: tensor {name} has shape {found}, expected {expected}")
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if name not in unread}
+    _check_shapes(path, shapes, slots)
+    for name in slots:
         tensor = runtime_order(name, model.config, chain, tensors[name])
         _assign(model, chain, name, tensor.to(device=device, dtype=dtype).contiguous())
+
+
+def _check_shapes(
+    path: Path, found: Mapping[str, tuple[int, ...]], slots: Mapping[str, nn.Parameter]
+) -> None:
+    """Raise CheckpointError unless a file's tensors are those of the config's model."""
+    if foreign := sorted(found.keys() - slots.keys()):
+        raise CheckpointError(
+            f"{path}: tensor {foreign[0]} of shape {found[foreign[0]]} has no place in the "
+            "config's model"
+        )
+    for name, parameter in slots.items():
+        expected = tuple(parameter.shape)
+        if name not in found:
+            raise CheckpointError(f"{path}: tensor {name} is missing, expected shape {expected}")
+        if found[name] != expected:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {found[name]}, expected {expected}"
+            )
 
 
 def chain_tensors(model: ColmModel, chain: int) -> Iterator[tuple[str, nn.Parameter]]:

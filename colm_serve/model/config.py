@@ -10,21 +10,12 @@ from typing import Any, Literal, get_args
 
 from colm_serve.errors import InvalidConfig
 from colm_serve.json_file import read_json, write_json
+from colm_serve.model.rope_scaling import Llama3RopeScaling, is_positive_number
 
 KvSharing = Literal["air", "per_chain"]
 KvRepeat = Literal["tile", "interleave"]
 Head = Literal["shared", "per_level"]
 FeedForward = Literal["swiglu", "gelu"]
-
-
-@dataclass(frozen=True)
-class Llama3RopeScaling:
-    """The frequency rescaling of LLaMA 3.1 and later."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_context: int
 
 
 @dataclass(frozen=True)
@@ -96,11 +87,22 @@ class ColmConfig:
         ):  # fmt: skip
             if getattr(self, key) not in get_args(allowed):
                 raise InvalidConfig(key, getattr(self, key), " or ".join(get_args(allowed)))
+        for key in ("rope_theta", "rms_norm_eps"):
+            if not is_positive_number(getattr(self, key)):
+                raise InvalidConfig(key, getattr(self, key), "a positive number")
+        self._check_token_ids()
         if self.head_dim % 2:
             raise InvalidConfig("head_dim", self.head_dim, "an even number (rotary embedding)")
         if self.tie_embeddings and self.head == "per_level":
             raise InvalidConfig("tie_embeddings", True, "false when head is per_level")
         self._check_chains_divide()
+
+    def _check_token_ids(self) -> None:
+        ids = {"bos_token_id": self.bos_token_id, "eos_token_ids": list(self.eos_token_ids)}
+        for key, value in ids.items():
+            listed = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int and 0 <= i < self.vocab_size for i in listed):
+                raise InvalidConfig(key, value, f"of token ids, 0 to {self.vocab_size - 1}")
 
     def _check_chains_divide(self) -> None:
         total = sum(self.chains)
@@ -200,7 +202,7 @@ class ColmConfig:
             if key not in known:
                 raise InvalidConfig(key, values[key], f"only the keys {sorted(known)}")
         if values.get("rope_scaling") is not None:
-            values["rope_scaling"] = _read_rope_scaling(values["rope_scaling"])
+            values["rope_scaling"] = Llama3RopeScaling.from_dict(values["rope_scaling"])
         for key in ("chains", "eos_token_ids"):
             if key in values and not isinstance(values[key], (list, tuple)):
                 raise InvalidConfig(key, values[key], "a list of integers")
@@ -222,10 +224,3 @@ class ColmConfig:
 
 def _is_positive_int(value: object) -> bool:
     return type(value) is int and value >= 1
-
-
-def _read_rope_scaling(raw: Any) -> Llama3RopeScaling:
-    keys = [f.name for f in fields(Llama3RopeScaling)]
-    if not isinstance(raw, dict) or sorted(raw) != sorted(keys):
-        raise InvalidConfig("rope_scaling", raw, f"null or an object of {', '.join(keys)}")
-    return Llama3RopeScaling(**raw)

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from colm_serve.model.config import ColmConfig, Llama3RopeScaling
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.rope_scaling import Llama3RopeScaling
 
 
 def rotation_table(config: ColmConfig) -> Tensor:

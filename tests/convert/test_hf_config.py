@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 
 from colm_serve.convert.hf_config import hf_config, read_hf_config
 from colm_serve.errors import CheckpointError
-from colm_serve.model.config import ColmConfig, Llama3RopeScaling
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.rope_scaling import Llama3RopeScaling
 
 TINY_LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -169,6 +170,8 @@ def test_chats_end_as_generation_config_says(tmp_path: Path) -> None:
          "supported: a value of type float"),
         ({"rope_scaling": without(SCALING, "factor")}, "rope_scaling.factor: nothing; "
          "supported: a value of type float"),
+        ({"rope_scaling": {**SCALING, "factor": 0.0}}, "makes no CoLM: rope_scaling.factor: 0.0"),
+        ({"rope_theta": -1.0}, "makes no CoLM: rope_theta: -1.0"),
         ({"rope_scaling": 8}, "rope_scaling: 8; supported: a value of type dict"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": None},
          "rope_parameters.partial_rotary_factor: 0.5; supported: only 1"),

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from colm_serve.model.chain_file import chain_path
-from colm_serve.model.config import ColmConfig, Llama3RopeScaling
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.rope_scaling import Llama3RopeScaling
 from colm_serve.model.transformer import ColmModel
 from tests.helpers import TINY
 

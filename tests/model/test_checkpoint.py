@@ -251,8 +251,9 @@ def test_a_tensor_of_another_shape_is_named_with_both(folder: Path) -> None:
     shape = tuple(read_chain(folder, 2)[0][name].shape)
     _edit_chain(folder, 2, {name: torch.zeros(5, 7)})
     expected = f"chain-2.safetensors: tensor {name} has shape (5, 7), expected {shape}"
-    with pytest.raises(CheckpointError, match=re.escape(expected)):
-        load_model(folder)
+    for read in (load_model, check_folder):
+        with pytest.raises(CheckpointError, match=re.escape(expected)):
+            read(folder)
 
 
 @pytest.mark.parametrize("chain", [1, 3])
@@ -264,8 +265,9 @@ def test_a_missing_tensor_is_named(folder: Path, chain: int) -> None:
             write_chain(
                 folder, upper, read_chain(folder, upper)[0], read_chain(folder, 1)[1]["base"]
             )
-    with pytest.raises(CheckpointError, match=rf"chain-{chain}\.safetensors: tensor {name} is"):
-        load_model(folder)
+    for read in (load_model, check_folder):
+        with pytest.raises(CheckpointError, match=rf"chain-{chain}\.safetensors: tensor {name} is"):
+            read(folder)
 
 
 @pytest.mark.parametrize(
@@ -284,10 +286,10 @@ def test_a_config_that_its_files_do_not_fit_is_refused_by_file_and_tensor(
     folder: Path, changes: dict[str, object], chain: int, tensor: str
 ) -> None:
     _edit_config(folder, **changes)
-    with pytest.raises(
-        CheckpointError, match=rf"chain-{chain}\.safetensors: tensor {re.escape(tensor)} "
-    ):
-        load_model(folder)
+    expected = rf"chain-{chain}\.safetensors: tensor {re.escape(tensor)} "
+    for read in (load_model, check_folder):
+        with pytest.raises(CheckpointError, match=expected):
+            read(folder)
 
 
 def test_a_config_of_fewer_layers_than_its_files_is_refused_by_file_and_tensor(

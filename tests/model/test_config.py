@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from colm_serve.errors import CheckpointError, InvalidConfig
-from colm_serve.model.config import ColmConfig, Llama3RopeScaling
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.rope_scaling import Llama3RopeScaling
 from colm_serve.model.transformer import ColmModel
 from tests.model.models import SMALL, VARIANTS
 
@@ -30,6 +31,13 @@ from tests.model.models import SMALL, VARIANTS
         ("kv_repeat", "none", "tile or interleave"),
         ("head", "two", "shared or per_level"),
         ("ffn", "relu", "swiglu or gelu"),
+        ("rope_theta", 0.0, "a positive number"),
+        ("rope_theta", "10000", "a positive number"),
+        ("rms_norm_eps", -1e-5, "a positive number"),
+        ("rms_norm_eps", float("inf"), "a positive number"),
+        ("bos_token_id", SMALL.vocab_size, f"of token ids, 0 to {SMALL.vocab_size - 1}"),
+        ("eos_token_ids", (2, SMALL.vocab_size), f"of token ids, 0 to {SMALL.vocab_size - 1}"),
+        ("eos_token_ids", (True,), f"of token ids, 0 to {SMALL.vocab_size - 1}"),
         ("head_dim", 7, "an even number"),
         ("d_model", 62, "chains [2, 2, 4] divide evenly"),
         ("d_ff", 126, "chains [2, 2, 4] divide evenly"),
@@ -46,6 +54,21 @@ def test_a_value_that_is_not_allowed_is_named_with_what_is(
     assert str(error.value).startswith(f"{key}: {shown!r} is not allowed; allowed: ")
     assert allowed in str(error.value)
     assert error.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("factor", 0.0, "a positive number"),
+        ("original_max_context", None, "a positive number"),
+        ("high_freq_factor", 1.0, "a number above low_freq_factor, 1.0"),
+    ],
+)
+def test_a_rescaling_that_cannot_be_computed_is_refused(key: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InvalidConfig) as error:
+        Llama3RopeScaling(**{**asdict(Llama3RopeScaling(8.0, 1.0, 4.0, 64)), key: value})
+    shown = f"rope_scaling.{key}: {value!r} is not allowed; allowed: {allowed}"
+    assert str(error.value) == shown
 
 
 def test_per_chain_kv_heads_must_divide_among_the_chains() -> None:

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from colm_serve.model.chain_file import write_chain
 from colm_serve.model.checkpoint import load_model
-from colm_serve.model.config import ColmConfig, Llama3RopeScaling
+from colm_serve.model.config import ColmConfig
+from colm_serve.model.rope_scaling import Llama3RopeScaling
 from tests.engine.paged import PAGES, decode, open_chain_1, poisoned_pool, prefill
 from tests.helpers import generate_alone, make_prompt, whole_model
 
