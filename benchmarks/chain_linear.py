@@ -1,8 +1,8 @@
 """Table 16: one Chain-of-Linear layer against a dense one, forward and backward, on this CPU.
 
-Forward is timed as served (slices of one output) and as Algorithm 1 has it (parts concatenated),
-which is also how training computes it; the gradients are Algorithm 1's by autograd. All take turns
-in one run, so that what else the machine does hits all alike. Besides times there are the shares of
+Ours computes columns of one tensor, forward and backward; beside it stands Algorithm 1 as the paper
+writes it, whose parts are concatenated and whose gradients are autograd's. All take turns in one
+run, so that what else the machine does hits all alike. Besides times there are the shares of
 dense's operations, which the time could come down to.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from reporting import Row, save, show
@@ -33,24 +34,27 @@ SETTINGS = {
 PARTS = ("forward", "weight gradient", "input gradient")
 
 
-class Timed:
-    """The three computations of a layer."""
+@dataclass(frozen=True)
+class Layer:
+    """What is timed: a layer and its weights."""
 
-    def __init__(
-        self, weights: list[Tensor], apply: Callable[[Tensor], Tensor], x_TD: Tensor
-    ) -> None:
-        self._weights, self._apply = weights, apply
-        self._x_TD = x_TD.requires_grad_()
-        self._y_TO = apply(self._x_TD)
-        self._gradient_TO = torch.randn_like(self._y_TO)
+    apply: Callable[[Tensor], Tensor]
+    weights: list[nn.Parameter]
 
-    def run(self, part: str) -> None:
+    def seconds(self, part: str, x_TD: Tensor) -> float:
+        """Of a forward pass without gradients, or of one gradient without the other."""
+        x_TD = x_TD.detach().requires_grad_(part == "input gradient")
+        for weight in self.weights:
+            weight.requires_grad_(part == "weight gradient")
+        started = time.perf_counter()
+        y_TO = self.apply(x_TD)
         if part == "forward":
-            with torch.no_grad():
-                self._apply(self._x_TD)
-            return
-        of = self._weights if part == "weight gradient" else [self._x_TD]
-        torch.autograd.grad(self._y_TO, of, self._gradient_TO, retain_graph=True)
+            return time.perf_counter() - started
+        gradient_TO = torch.randn_like(y_TO)
+        of = self.weights if part == "weight gradient" else [x_TD]
+        started = time.perf_counter()
+        torch.autograd.grad(y_TO, of, gradient_TO)
+        return time.perf_counter() - started
 
 
 def measure(widths: list[int], num_rows: int, repeats: int) -> dict[str, dict[str, list[float]]]:
@@ -64,18 +68,17 @@ def measure(widths: list[int], num_rows: int, repeats: int) -> dict[str, dict[st
         return torch.cat(parts, dim=-1)
 
     layers = {
-        "dense": Timed(list(dense.parameters()), dense, x_TD),
-        "Algorithm 1": Timed(list(chains.weights), algorithm_1, x_TD),
-        "chains": Timed(list(chains.weights), lambda x: chains(x, rows), x_TD),
+        "dense": Layer(dense, list(dense.parameters())),
+        "Algorithm 1": Layer(algorithm_1, list(chains.weights)),
+        "chains": Layer(lambda x: chains(x, rows), list(chains.weights)),
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {p: [] for p in PARTS} for name in layers}
     for i in range(repeats + 1):
         for part in PARTS:
             for name, layer in layers.items():
-                started = time.perf_counter()
-                layer.run(part)
+                elapsed_s = layer.seconds(part, x_TD)
                 if i:
-                    seconds[name][part].append(time.perf_counter() - started)
+                    seconds[name][part].append(elapsed_s)
     return seconds
 
 

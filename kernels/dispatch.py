@@ -9,7 +9,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from colm_serve.kernels import rms_norm, sparse_attention, staircase_linear
+from colm_serve.kernels import (
+    rms_norm,
+    sparse_attention,
+    staircase_linear,
+    staircase_linear_autograd,
+)
 from colm_serve.kernels.sparse_attention import SparseIndex
 
 
@@ -23,8 +28,16 @@ def chain_linear(
     weights: Sequence[Tensor],
     num_rows: Sequence[int],
     biases: Sequence[Tensor] | None = None,
+    num_frozen: int = 0,
 ) -> Tensor:
-    """Chain-of-Linear on the staircase of `num_rows`; see `kernels.staircase_linear`."""
+    """Chain-of-Linear on the staircase of `num_rows`; see `kernels.staircase_linear`.
+
+    Where gradients are wanted, `num_frozen` is as in `kernels.staircase_linear_autograd`.
+    """
+    if torch.is_grad_enabled():
+        return staircase_linear_autograd.staircase_linear(
+            x_TD, weights, num_rows, biases, num_frozen
+        )
     if _use_triton(x_TD):
         from colm_serve.kernels.staircase_linear_triton import staircase_linear as on_gpu
 

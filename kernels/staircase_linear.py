@@ -1,4 +1,4 @@
-"""Chain-of-Linear in plain torch: the reference, and the CPU's implementation.
+"""Chain-of-Linear in plain torch: the reference, and the CPU's implementation; forward only.
 
 Shapes: T rows (tokens), D input width, O output width.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,8 +31,6 @@ def staircase_linear(
         is zero.
     """
     num_total = x_TD.shape[0]
-    if torch.is_grad_enabled():
-        return _differentiable(x_TD, weights, num_rows, biases)
     widths = [weights[i].shape[0] for i in range(len(num_rows))]
     # Slices of one output instead of torch.cat: the copy costs up to 15% of a prefill.
     ragged = any(rows != num_total for rows in num_rows)
@@ -49,18 +46,3 @@ def staircase_linear(
             torch.addmm(biases[i], x, weight.t(), out=out)
         column += widths[i]
     return y_TO
-
-
-def _differentiable(
-    x_TD: Tensor,
-    weights: Sequence[Tensor],
-    num_rows: Sequence[int],
-    biases: Sequence[Tensor] | None,
-) -> Tensor:
-    num_total = x_TD.shape[0]
-    columns = []
-    for i, rows in enumerate(num_rows):
-        bias = None if biases is None else biases[i]
-        y = F.linear(x_TD[:rows, : weights[i].shape[1]], weights[i], bias)
-        columns.append(y if rows == num_total else F.pad(y, (0, 0, 0, num_total - rows)))
-    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)

@@ -41,7 +41,7 @@ def _make_weights(layer: nn.Module, shapes: Iterable[tuple[int, ...]]) -> nn.Par
 class ChainLinear(nn.Module):
     """y_i = W_i x_{<=i} + b_i for each chain i (equation 1, Algorithm 1).
 
-    `num_frozen` chains, the first ones, take no gradient to their inputs either: where those
+    `num_frozen` chains, the first ones, take no gradient to their inputs and outputs: where those
     chains are frozen in the whole model, it would end nowhere.
     """
 
@@ -55,20 +55,8 @@ class ChainLinear(nn.Module):
 
     def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
         """[T, D] to [T, O]; chains beyond `len(num_rows)` are not computed."""
-        if not self.num_frozen or not torch.is_grad_enabled():
-            return self._chains(x_TD, num_rows, 0, len(num_rows))
-        first = min(self.num_frozen, len(num_rows))
-        frozen = self._chains(x_TD.detach(), num_rows, 0, first)
-        if first == len(num_rows):
-            return frozen
-        return torch.cat([frozen, self._chains(x_TD, num_rows, first, len(num_rows))], dim=-1)
-
-    def _chains(self, x_TD: Tensor, num_rows: Sequence[int], first: int, end: int) -> Tensor:
-        """What chains [first, end), counted from 0, make of the input."""
-        biases = list(self.biases)[first:end] or None
-        return dispatch.chain_linear(
-            x_TD, list(self.weights)[first:end], num_rows[first:end], biases
-        )
+        biases = list(self.biases) or None
+        return dispatch.chain_linear(x_TD, list(self.weights), num_rows, biases, self.num_frozen)
 
 
 class ChainRMSNorm(nn.Module):

@@ -28,11 +28,12 @@ class ChainOfLinears(ChainLinear):
         self.weights, self.biases = original.weights, original.biases
         self.linears = nn.ModuleList(_as_linear(weight) for weight in self.weights)
 
-    def _chains(self, x_TD: Tensor, num_rows: Sequence[int], first: int, end: int) -> Tensor:
+    def forward(self, x_TD: Tensor, num_rows: Sequence[int]) -> Tensor:
         columns = []
-        for i in range(first, end):
-            y = self.linears[i](x_TD[: num_rows[i], : self.weights[i].shape[1]])
-            columns.append(F.pad(y, (0, 0, 0, x_TD.shape[0] - num_rows[i])))
+        for i, rows in enumerate(num_rows):
+            x = x_TD[:rows, : self.weights[i].shape[1]]
+            y = self.linears[i](x.detach() if i < self.num_frozen else x)
+            columns.append(F.pad(y, (0, 0, 0, x_TD.shape[0] - rows)))
         return torch.cat(columns, dim=-1)
 
 
