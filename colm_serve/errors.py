@@ -5,6 +5,7 @@
     │   └── UnknownModel
     ├── InvalidConfig        a config file or model config is wrong
     ├── CheckpointError      a model folder is missing, truncated or foreign
+    ├── WriteFailed          a file or folder cannot be written, as on a full disk
     ├── Incompatible         two workers do not hold the same weights or layout
     ├── Unauthenticated      the caller has no API key, or an unknown one
     ├── ResourceExhausted    there is no room now; try again later
@@ -51,6 +52,10 @@ class InvalidConfig(ColmError):
 
 class CheckpointError(ColmError):
     """A model folder cannot be read as a CoLM checkpoint."""
+
+
+class WriteFailed(ColmError):
+    """A file or folder cannot be written, as on a full disk; the message names it."""
 
 
 class Incompatible(ColmError):

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "colm_serve"
 
 #: A group may import itself and the groups of the lines above its own.
 LAYERS = (
-    {"proto", "kernels", "errors", "files"},
-    {"grammar", "json_file"},
+    {"proto", "kernels", "errors"},
+    {"files", "grammar", "json_file"},
     {"config", "core"},
     {"kv", "latency"},
     {"model"},

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from colm_serve.files import writing
 from colm_serve.model.content_digest import ContentDigest
 
 #: Called with the bytes written so far and those there will be.
@@ -56,12 +57,15 @@ def write_tensor_file(
         make_metadata: what the header says beside the tensors, given their content's digest;
             of one length for every digest.
         report: told of the progress.
+
+    Raises:
+        WriteFailed: as on a full disk.
     """
     starts = _layout(specs)
     num_total = sum(spec.num_bytes for spec in specs.values())
     num_written = 0
     digest = ContentDigest()
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         header = _header(specs, starts, make_metadata(_UNKNOWN_DIGEST))
         file.write(header)
         for name in sorted(specs):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from colm_serve.errors import CheckpointError
+from colm_serve.files import writing
 from colm_serve.model.content_digest import content_digest
 
 _FORMAT = "colm-chain-1"
@@ -40,11 +41,15 @@ def write_chain(
         chain: counted from 1.
         tensors: by stored name, query heads in the config's order.
         base: digest of the chain 1 it belongs to; None for chain 1 itself.
+
+    Raises:
+        WriteFailed: as on a full disk.
     """
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     digest = content_digest(stored, stored.__getitem__)
     path = chain_path(folder, chain)
-    save_file(stored, path, chain_header(chain, digest, base))
+    with writing(path):
+        save_file(stored, path, chain_header(chain, digest, base))
     path.chmod(0o644)  # safetensors would keep it to its owner
     return digest
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from colm_serve.errors import CheckpointError
+from colm_serve.files import writing
 from colm_serve.model.chain_file import (
     chain_digest,
     chain_path,
@@ -90,28 +91,38 @@ def save_model(
         folder: created or its model files replaced; other files in it stay.
         dtype: stored dtype; default: the parameters' own.
         first_files: files of the first chains, which are copied as they are.
+
+    Raises:
+        WriteFailed: as on a full disk.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.config.save(staging)
-        for chain, path in enumerate(first_files, start=1):
-            shutil.copyfile(path, chain_path(staging, chain))
-        base = chain_digest(staging, 1) if first_files else None
-        for chain in range(len(first_files) + 1, model.num_chains + 1):
-            tensors = {
-                name: stored_order(name, model.config, chain, tensor.detach()).to(
-                    device="cpu", dtype=dtype or tensor.dtype
-                )
-                for name, tensor in chain_tensors(model, chain)
-            }
-            digest = write_chain(staging, chain, tensors, base)
-            base = base or digest
-        folder.mkdir(exist_ok=True)
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _write_files(model, staging, dtype, first_files)
+            folder.mkdir(exist_ok=True)
+            for path in sorted(staging.iterdir()):
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_files(
+    model: ColmModel, folder: Path, dtype: torch.dtype | None, first_files: Sequence[Path]
+) -> None:
+    model.config.save(folder)
+    for chain, path in enumerate(first_files, start=1):
+        shutil.copyfile(path, chain_path(folder, chain))
+    base = chain_digest(folder, 1) if first_files else None
+    for chain in range(len(first_files) + 1, model.num_chains + 1):
+        tensors = {
+            name: stored_order(name, model.config, chain, tensor.detach()).to(
+                device="cpu", dtype=dtype or tensor.dtype
+            )
+            for name, tensor in chain_tensors(model, chain)
+        }
+        digest = write_chain(folder, chain, tensors, base)
+        base = base or digest
 
 
 def load_model(

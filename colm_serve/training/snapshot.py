@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from colm_serve.errors import CheckpointError, InvalidConfig
-from colm_serve.files import new_folder
+from colm_serve.files import new_folder, writing
 from colm_serve.model.checkpoint import carried_files, save_model
 from colm_serve.model.content_digest import content_digest
 from colm_serve.model.transformer import ColmModel
@@ -84,7 +84,11 @@ def take_snapshot(
 
 
 def save_snapshot(snapshot: Snapshot, config: TrainConfig) -> None:
-    """Write a snapshot to its folder; older ones of the run but the last go away."""
+    """Write a snapshot to its folder; older ones of the run but the last go away.
+
+    Raises:
+        WriteFailed: as on a full disk; the older ones are still there.
+    """
     files = {_WEIGHTS: snapshot.weights, _OPTIMIZER: snapshot.optimizer}
     state = {
         "step": snapshot.step,
@@ -95,7 +99,8 @@ def save_snapshot(snapshot: Snapshot, config: TrainConfig) -> None:
     }
     with new_folder(snapshot.folder) as staging:
         for name, tensors in files.items():
-            save_file(dict(tensors), staging / name)
+            with writing(staging / name):
+                save_file(dict(tensors), staging / name)
         (staging / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
     # A later one can only be there damaged, and says nothing about which to keep.
     past = checkpoint_folders(snapshot.folder.parent)

@@ -10,6 +10,7 @@ import pytest
 
 from colm_serve.cli import main
 from tests.convert.llamas import read_tensors
+from tests.full_disk import full_disk
 
 Colm = Callable[..., int]
 
@@ -49,4 +50,21 @@ def test_a_refusal_is_one_line(
     assert colm("import-llama", tmp_path, tmp_path / "colm") == 2
     expected = f"CheckpointError: {tmp_path / 'config.json'}: no such file\n"
     assert capsys.readouterr().err == expected
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_bytes", [100, 20_000], ids=["header", "weights"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    colm: Colm,
+    llama_of: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    num_bytes: int,
+) -> None:
+    with full_disk(num_bytes):
+        assert colm("import-llama", llama_of("grouped"), tmp_path / "colm") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("WriteFailed: ")
+    assert said.endswith("chain-1.safetensors: cannot be written: [Errno 27] File too large\n")
+    assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())

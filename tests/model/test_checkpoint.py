@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from colm_serve.errors import CheckpointError, InvalidConfig
+from colm_serve.errors import CheckpointError, InvalidConfig, WriteFailed
 from colm_serve.model import chain_file
 from colm_serve.model.chain_file import chain_path, write_chain
 from colm_serve.model.checkpoint import check_folder, load_model, save_model
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.kv_identity import kv_identity
 from colm_serve.model.transformer import ColmModel
+from tests.full_disk import full_disk
 from tests.model.models import SMALL, VARIANTS, random_model, read_chain
 
 MODEL_FILES = ["chain-1.safetensors", "chain-2.safetensors", "chain-3.safetensors", "config.json"]
@@ -112,6 +113,20 @@ def test_a_tied_head_is_stored_once_and_stays_the_embedding(
     assert model.head is not None
     for head, embedding in zip(model.head.weights, model.embedding.weights, strict=True):
         assert head is embedding
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    model = random_model(SMALL)
+    with (
+        full_disk(1000),
+        pytest.raises(WriteFailed, match=r"chain-1\.safetensors: cannot be written.*too large"),
+    ):
+        save_model(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteFailed, match="file: cannot be written"):
+        save_model(model, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("variant", ["air-interleave", "per_chain-interleave"])
@@ -342,7 +357,7 @@ def test_a_save_that_fails_leaves_what_was_there(
         save_file(tensors, path, header)
 
     monkeypatch.setattr(chain_file, "save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteFailed, match="No space left"):
         save_model(random_model(SMALL, seed=1), tmp_path / "model")
     assert sorted(path for path in tmp_path.rglob("*")) == before
     if over_a_model:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from colm_serve.errors import CheckpointError, InvalidArgument, InvalidConfig
+from colm_serve.errors import CheckpointError, InvalidArgument, InvalidConfig, WriteFailed
 from colm_serve.model.checkpoint import load_model
 from colm_serve.model.initial import initial_model
 from colm_serve.training.batches import StoredBatches
@@ -23,6 +23,7 @@ from colm_serve.training.report import Report
 from colm_serve.training.snapshot import checkpoint_folders, export_model
 from colm_serve.training.stop_signal import StopSignal
 from colm_serve.training.trainer import learning_rate, train
+from tests.full_disk import full_disk
 from tests.training.runs import StopAfter, losses
 
 MakeRecipe = Callable[..., TrainConfig]
@@ -228,3 +229,15 @@ def test_first_signal_asks_second_interrupts() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_a_full_disk_ends_a_run_that_can_go_on_later(
+    recipe: MakeRecipe, corpus_folder: Path, tmp_path: Path
+) -> None:
+    config, run_folder = recipe(num_steps=6), tmp_path / "run"
+    train(config, run_folder, data=corpus_folder, device="cpu", stop=StopAfter(2))
+    (whole,) = checkpoint_folders(run_folder)
+    with full_disk(20_000), pytest.raises(WriteFailed, match=r"weights\.safetensors: cannot be"):
+        train(config, run_folder, data=corpus_folder, device="cpu")
+    assert [path for path in run_folder.iterdir() if "checkpoint" in path.name] == [whole]
+    assert train(config, run_folder, data=corpus_folder, device="cpu").num_steps == 6
