@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer as HfTokenizer
 
 from colm_serve.errors import CheckpointError, InvalidArgument
@@ -62,7 +61,8 @@ class Tokenizer:
                 add_generation_prompt=True,
                 **self._special,
             )
-        except TemplateError as error:
+        except Exception as error:
+            # A template is a program that comes with the model; it may raise anything.
             allowed = f"what the model's chat template takes ({error})"
             raise InvalidArgument("messages", [m.role for m in messages], allowed) from error
         _check_unicode("messages", text)

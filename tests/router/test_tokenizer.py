@@ -57,6 +57,8 @@ def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages[7].content }}", "no element 7"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ 1 // (messages | length - 1) }}", "division"),
     ],
 )
 def test_chats_that_cannot_be_rendered(tmp_path: Path, template: object, reason: str) -> None:
