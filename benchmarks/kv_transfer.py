@@ -48,7 +48,8 @@ from colm_serve.model.transformer import ColmModel
 from colm_serve.prefill_worker import frame_packer
 from colm_serve.prefill_worker.service import PrefillService
 from colm_serve.prefill_worker.worker import PrefillWorker
-from colm_serve.transport.channel import ChannelCache, bind, make_server
+from colm_serve.transport.channel import bind, make_server
+from colm_serve.transport.channel_cache import ChannelCache
 from colm_serve.transport.host import ServiceThread
 from colm_serve.transport.kv_frames import MESSAGE
 
@@ -206,17 +207,17 @@ class Receiver:
         assert sequence.num_missing == 0, "the transfer failed"
 
     async def _over_bare_grpc(self, *, is_copied: bool) -> None:
-        channel = await self._channels.get(self._addresses["grpc"])
-        send: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
-            "/benchmark/Copy" if is_copied else "/benchmark/Send",
-            request_serializer=bytes,
-            response_deserializer=bytes,
-        )
-        at = 0
-        async for message in send(b""):
-            if is_copied:
-                self._buffer[at : at + len(message)] = message
-                at += len(message)
+        async with self._channels.use(self._addresses["grpc"]) as channel:
+            send: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
+                "/benchmark/Copy" if is_copied else "/benchmark/Send",
+                request_serializer=bytes,
+                response_deserializer=bytes,
+            )
+            at = 0
+            async for message in send(b""):
+                if is_copied:
+                    self._buffer[at : at + len(message)] = message
+                    at += len(message)
 
     async def _over_tcp(self) -> None:
         with socket.create_connection((HOST, self._addresses["tcp"])) as connection:

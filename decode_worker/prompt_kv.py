@@ -30,7 +30,7 @@ from colm_serve.errors import ColmError, DataLoss, DeadlineExceeded
 from colm_serve.kv.pool import KvPool
 from colm_serve.proto.colm.v1 import prefill_pb2
 from colm_serve.transport import serde
-from colm_serve.transport.channel import ChannelCache
+from colm_serve.transport.channel_cache import ChannelCache
 from colm_serve.transport.codecs import CODECS, GROUP_TOKENS, get_codec
 from colm_serve.transport.kv_frames import EndFrame, Frame, KvFrame, OpenFrame
 from colm_serve.transport.shared_memory import ReceivingSegment
@@ -180,27 +180,38 @@ class PromptFetcher:
         )
         table = self._pool.table(sequence.pages)
         writer = FrameWriter(self._pool, table, request, peer.epoch, segment)
-        channel = await self._channels.get(peer.address)
-        prefill = channel.unary_stream(
-            PREFILL_METHOD,
-            request_serializer=prefill_pb2.PrefillRequest.SerializeToString,
-            response_deserializer=_as_is,
-        )
         reception = _Reception(
             writer,
             Transfer(len(request.tokens)),
             self._planner.meter(peer.address, time.perf_counter()),
             partial(self._planner.ship_until, peer.address, sequence),
         )
+        try:
+            async with self._channels.use(peer.address) as channel:
+                await self._receive_from(channel, peer.address, request, reception)
+            self._codecs.learn(peer.address, reception.transfer)
+        finally:
+            sequence.num_shipped += writer.num_complete - sequence.num_computed
+            sequence.num_computed = writer.num_complete
+
+    async def _receive_from(
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        request: PrefillRequest,
+        reception: _Reception,
+    ) -> None:
+        prefill = channel.unary_stream(
+            PREFILL_METHOD,
+            request_serializer=prefill_pb2.PrefillRequest.SerializeToString,
+            response_deserializer=_as_is,
+        )
         call = prefill(serde.prefill_request_to_proto(request))
         try:
-            await self._receive(call, peer.address, request.stream_id, reception)
-            self._codecs.learn(peer.address, reception.transfer)
+            await self._receive(call, address, request.stream_id, reception)
         finally:
             # A cancelled or failed stream ends here, on both sides; nothing outlives the call.
             call.cancel()
-            sequence.num_shipped += writer.num_complete - sequence.num_computed
-            sequence.num_computed = writer.num_complete
 
     async def _receive(
         self, call: _PrefillCall, address: str, stream_id: int, reception: _Reception
@@ -224,18 +235,18 @@ class PromptFetcher:
     async def _receive_lane(
         self, address: str, stream_id: int, lane: int, reception: _Reception
     ) -> None:
-        channel = await self._channels.get(address, lane)
-        prefill_lane = channel.unary_stream(
-            PREFILL_LANE_METHOD,
-            request_serializer=prefill_pb2.PrefillLaneRequest.SerializeToString,
-            response_deserializer=_as_is,
-        )
-        call = prefill_lane(prefill_pb2.PrefillLaneRequest(stream_id=stream_id, lane=lane))
-        try:
-            async for _ in self._frames(call, lane, reception):
-                pass
-        finally:
-            call.cancel()
+        async with self._channels.use(address, lane) as channel:
+            prefill_lane = channel.unary_stream(
+                PREFILL_LANE_METHOD,
+                request_serializer=prefill_pb2.PrefillLaneRequest.SerializeToString,
+                response_deserializer=_as_is,
+            )
+            call = prefill_lane(prefill_pb2.PrefillLaneRequest(stream_id=stream_id, lane=lane))
+            try:
+                async for _ in self._frames(call, lane, reception):
+                    pass
+            finally:
+                call.cancel()
 
     async def _frames(
         self, call: _PrefillCall, lane: int, reception: _Reception

@@ -19,7 +19,8 @@ from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.errors import ColmError, DeadlineExceeded, InvalidArgument
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc
 from colm_serve.transport import serde
-from colm_serve.transport.channel import ChannelCache, bind, make_server
+from colm_serve.transport.channel import bind, make_server
+from colm_serve.transport.channel_cache import ChannelCache
 from colm_serve.transport.health import add_health
 from colm_serve.transport.status import abort
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 
 import grpc
@@ -66,31 +65,3 @@ def connect(address: str, tls: TlsConfig | None, *, is_alone: bool = False) -> g
 
 def _read(path: Path) -> bytes:
     return path.read_bytes()
-
-
-class ChannelCache:
-    """One channel to each address, or one for each of several lanes, opened when first asked for.
-
-    It belongs to one event loop. The least recently used beyond `max_channels` are closed:
-    addresses of workers long gone.
-    """
-
-    def __init__(self, tls: TlsConfig | None, max_channels: int = 256) -> None:
-        self._tls = tls
-        self._max_channels = max_channels
-        self._channels: OrderedDict[tuple[str, int], grpc.aio.Channel] = OrderedDict()
-
-    async def get(self, address: str, lane: int = 0) -> grpc.aio.Channel:
-        key = (address, lane)
-        if key not in self._channels:
-            self._channels[key] = connect(address, self._tls, is_alone=lane > 0)
-        self._channels.move_to_end(key)
-        if len(self._channels) > self._max_channels:
-            _, oldest = self._channels.popitem(last=False)
-            await oldest.close()
-        return self._channels[key]
-
-    async def close(self) -> None:
-        channels, self._channels = self._channels, OrderedDict()
-        for channel in channels.values():
-            await channel.close()

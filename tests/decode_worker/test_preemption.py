@@ -18,7 +18,7 @@ from colm_serve.decode_worker.prefill_planner import PrefillPlanner
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.session import DecodeSession
 from colm_serve.errors import ResourceExhausted
-from colm_serve.transport.channel import ChannelCache
+from colm_serve.transport.channel_cache import ChannelCache
 from tests.helpers import (
     GREEDY,
     decode_service,

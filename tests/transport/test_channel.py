@@ -10,7 +10,7 @@ import pytest
 
 from colm_serve.config import TlsConfig
 from colm_serve.errors import InvalidConfig
-from colm_serve.transport.channel import ChannelCache, bind, connect, make_server
+from colm_serve.transport.channel import bind, connect, make_server
 from tests.transport.certificates import make_ca
 from tests.transport.echo import call, echo, serving
 
@@ -91,24 +91,3 @@ async def test_a_server_of_another_cluster_is_not_trusted(tls: TlsConfig, tmp_pa
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(channel)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-
-
-async def test_the_cache_keeps_one_channel_to_an_address() -> None:
-    cache = ChannelCache(None)
-    async with serving(echo) as address:
-        channel = await cache.get(address)
-        assert await call(channel) == b"ping"
-        assert await cache.get(address) is channel
-        await cache.close()
-        assert channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
-
-
-async def test_the_cache_closes_the_channel_unused_for_longest() -> None:
-    cache = ChannelCache(None, max_channels=2)
-    first, second = await cache.get("127.0.0.1:1"), await cache.get("127.0.0.1:2")
-    await cache.get("127.0.0.1:1")
-    await cache.get("127.0.0.1:3")
-    assert second.get_state() is grpc.ChannelConnectivity.SHUTDOWN
-    assert first.get_state() is not grpc.ChannelConnectivity.SHUTDOWN
-    assert await cache.get("127.0.0.1:1") is first
-    await cache.close()
