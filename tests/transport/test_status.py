@@ -22,6 +22,7 @@ from colm_serve.errors import (
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    WriteFailed,
 )
 from colm_serve.transport.channel import connect
 from colm_serve.transport.status import RETRY_AFTER_KEY, abort, from_rpc_error
@@ -36,6 +37,7 @@ CASES: list[tuple[ColmError, grpc.StatusCode, type[ColmError]]] = [
     (UnknownModel("model", "x", "y"), grpc.StatusCode.NOT_FOUND, UnknownModel),
     (InvalidConfig("tls", None, "y"), grpc.StatusCode.FAILED_PRECONDITION, Incompatible),
     (CheckpointError("no file"), grpc.StatusCode.FAILED_PRECONDITION, Incompatible),
+    (WriteFailed("full disk"), grpc.StatusCode.INTERNAL, ColmError),
     (Incompatible("other weights"), grpc.StatusCode.FAILED_PRECONDITION, Incompatible),
     (Unauthenticated("no key"), grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
     (ResourceExhausted("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhausted),
