@@ -11,6 +11,7 @@ from torch import Tensor
 
 from colm_serve.kernels import (
     rms_norm,
+    rms_norm_autograd,
     sparse_attention,
     staircase_linear,
     staircase_linear_autograd,
@@ -19,7 +20,7 @@ from colm_serve.kernels.sparse_attention import SparseIndex
 
 
 def _use_triton(x: Tensor) -> bool:
-    # Backward passes run through the torch references: the Triton kernels are forward only.
+    # Where gradients are wanted torch computes: the Triton kernels are forward only.
     return x.is_cuda and not torch.is_grad_enabled()
 
 
@@ -49,6 +50,8 @@ def chain_rms_norm(
     x_TD: Tensor, weights: Sequence[Tensor], num_rows: Sequence[int], eps: float
 ) -> Tensor:
     """Per-chain RMSNorm on the staircase of `num_rows`; see `kernels.rms_norm`."""
+    if torch.is_grad_enabled():
+        return rms_norm_autograd.chain_rms_norm(x_TD, weights, num_rows, eps)
     if _use_triton(x_TD):
         from colm_serve.kernels.rms_norm_triton import chain_rms_norm as on_gpu
 

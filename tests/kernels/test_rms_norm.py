@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colm_serve.kernels import rms_norm, rms_norm_triton
+from colm_serve.kernels import rms_norm, rms_norm_autograd, rms_norm_triton
 
 DIMS = (24, 16, 64)
 ROWS = [(5, 5, 5), (5, 3, 0), (1, 1, 1), (7, 2), (6,)]
@@ -35,20 +35,23 @@ def test_reference_normalises_each_chain_by_itself(rows: tuple[int, ...]) -> Non
         assert not y[count:, columns].any()
 
 
-def test_gradients_are_those_of_torch() -> None:
-    x, weights = make_case((3, 3, 3), torch.float32)
-    for tensor in (x, *weights):
-        tensor.requires_grad_()
-    factors = torch.randn(3, sum(DIMS))
-    (rms_norm.chain_rms_norm(x, weights, (3, 3, 3), EPS) * factors).sum().backward()
-    ours = [tensor.grad for tensor in (x, *weights)]
-    for tensor in (x, *weights):
-        tensor.grad = None
-    parts = zip(x.split(DIMS, dim=1), weights, strict=True)
-    y = torch.cat([torch.nn.functional.rms_norm(p, w.shape, w, EPS) for p, w in parts], dim=1)
-    (y * factors).sum().backward()
-    for mine, tensor in zip(ours, (x, *weights), strict=True):
-        torch.testing.assert_close(mine, tensor.grad)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_gradients_are_those_of_autograd(
+    rows: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    outputs, gradients = [], []
+    for function in (rms_norm_autograd.chain_rms_norm, rms_norm.chain_rms_norm):
+        x, weights = make_case(rows, dtype)
+        # A row and a column that no chain touches.
+        wider = torch.nn.functional.pad(x, (0, 1, 0, 1), value=1.0)
+        leaves = [tensor.requires_grad_() for tensor in (wider, *weights)]
+        y = function(wider, weights, rows, EPS)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype))
+        outputs.append(y)
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("rows", ROWS)
