@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pyarrow
 import pytest
+import yaml
 from pyarrow import parquet
 
 from colm_serve.errors import ColmError, InvalidArgument, InvalidConfig, Unavailable
@@ -240,5 +241,5 @@ def test_a_local_dataset_counts_from_the_recipe_s_folder(
     recipe = rows_folder.parent / "recipe.yaml"
     for dataset, expected in (("rows", str(rows_folder)), ("org/rows", "org/rows")):
         raw = {**streaming().to_dict(), "stream": {"dataset": dataset}}
-        recipe.write_text(json.dumps(raw), "utf-8")
+        recipe.write_text(yaml.safe_dump(raw), "utf-8")
         assert TrainConfig.load(recipe).stream == StreamConfig(expected)
