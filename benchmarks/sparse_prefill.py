@@ -47,10 +47,10 @@ from colm_serve.model.config import ColmConfig
 from colm_serve.model.paged import Span, Sparsity
 from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
+from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.corpus import read_corpus
 from colm_serve.training.document_encoder import DocumentEncoder
-from colm_serve.training.tokenizer import load_tokenizer
 
 MODEL = Path(__file__).parent.parent / "models" / "stdlib-air"
 LONG = ColmConfig(
@@ -105,7 +105,8 @@ class Bundled:
         self._table = self._pool.table(range(context // PAGE_SIZE))
         recipe = TrainConfig.load(MODEL / "train.yaml")
         corpus = read_corpus(None, recipe.heldout_fraction, recipe.exclude)
-        encode = DocumentEncoder(load_tokenizer(MODEL), recipe.model, corpus.name).encode
+        tokenizer = load_model_tokenizer(MODEL, recipe.model.vocab_size)
+        encode = DocumentEncoder(tokenizer, recipe.model, corpus.name).encode
         heldout = encode(corpus.heldout).astype(int)
         starts = np.linspace(0, len(heldout) - context - 1, num_windows).astype(int)
         self._windows = [heldout[start : start + context + 1].tolist() for start in starts]

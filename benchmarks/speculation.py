@@ -34,9 +34,9 @@ from colm_serve.engine.step import Segment, run_pass
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ChainBlock, ColmModel
+from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.heldout import read_heldout
-from colm_serve.training.tokenizer import load_tokenizer
 
 MODEL = Path(__file__).parent.parent / "models" / "stdlib-air"
 ACCEPTANCE = 0.8
@@ -152,7 +152,8 @@ def against_the_formula(repeats: int) -> list[Row]:
 def prompts(number: int) -> list[list[int]]:
     """The beginnings of held-out windows."""
     config = TrainConfig.load(MODEL / "train.yaml")
-    tokens = read_heldout(config, load_tokenizer(MODEL), None).tokens
+    tokenizer = load_model_tokenizer(MODEL, config.model.vocab_size)
+    tokens = read_heldout(config, tokenizer, None).tokens
     starts = range(0, len(tokens) - NUM_PROMPT, (len(tokens) - NUM_PROMPT) // number)
     return [tokens[start : start + NUM_PROMPT].astype(int).tolist() for start in starts][:number]
 

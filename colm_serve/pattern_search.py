@@ -12,8 +12,8 @@ from colm_serve.engine.sparse.pattern_file import HeadPattern, save_patterns
 from colm_serve.engine.sparse.search import search_patterns
 from colm_serve.engine.sparse.selectors import NUM_LAST_QUERIES
 from colm_serve.errors import InvalidArgument
+from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.corpus import read_corpus
-from colm_serve.training.tokenizer import load_tokenizer
 
 #: Files that the bundled model was not trained on; any share does for text to look at.
 _HELDOUT_FRACTION = 0.03
@@ -32,7 +32,8 @@ def write_pattern_file(
 
     Raises:
         InvalidArgument: too little text, more tokens than the model's context, no such budget.
-        CheckpointError, InvalidConfig: the folder is no model that can be served.
+        CheckpointError, InvalidConfig: the folder is no model that can be served, or has no
+            tokenizer.
     """
     if not 0 < budget <= 1:
         raise InvalidArgument("budget", budget, "above 0 and at most 1")
@@ -41,7 +42,8 @@ def write_pattern_file(
     if not NUM_LAST_QUERIES <= num_tokens <= max_context:
         allowed = f"{NUM_LAST_QUERIES} to {max_context}, the model's context"
         raise InvalidArgument("tokens", num_tokens, allowed)
-    ids = load_tokenizer(model).encode(_read_text(data)).ids
+    tokenizer = load_model_tokenizer(model, loaded.model.config.vocab_size)
+    ids = tokenizer.encode(_read_text(data)).ids
     if len(ids) < num_tokens:
         raise InvalidArgument("tokens", num_tokens, f"at most the text's {len(ids)}")
     layers = search_patterns(loaded, ids[:num_tokens], budget)

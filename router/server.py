@@ -44,7 +44,10 @@ def _read_model(
 ) -> tuple[ModelFacts, Tokenizer | None]:
     folder = config.folder_of(variant)
     facts = ModelFacts.of(name, ColmConfig.load(folder), kv_identity(folder), variant)
-    return facts, Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer is not None:
+        tokenizer.check_vocabulary(folder, facts.vocab_size)
+    return facts, tokenizer
 
 
 class RouterService:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from colm_serve.errors import CheckpointError, InvalidArgument
 from colm_serve.json_file import read_json
-from colm_serve.model.vocabulary import load_tokenizer, token_bytes
+from colm_serve.model.vocabulary import check_vocabulary, load_tokenizer, token_bytes
 from colm_serve.router.chat_template import chat_template
 from colm_serve.router.request import ChatMessage
 
@@ -35,6 +35,14 @@ class Tokenizer:
         """
         tokenizer = load_tokenizer(folder)
         return None if tokenizer is None else cls(tokenizer, _read_settings(folder))
+
+    def check_vocabulary(self, folder: Path, vocab_size: int) -> None:
+        """Raise CheckpointError unless a model of this vocabulary knows all of the tokens.
+
+        Args:
+            folder: where it is from.
+        """
+        check_vocabulary(self._tokenizer, folder, vocab_size)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, special tokens of the model's own (such as BOS) included.

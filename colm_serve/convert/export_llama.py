@@ -34,7 +34,6 @@ def export_llama(source: Path, out: Path, report: Report | None = None) -> ColmC
     Raises:
         CheckpointError: the folder is damaged, or its first chain is no LLaMA.
         InvalidArgument: `out` is there.
-        InvalidConfig: config.json has a value that is not allowed.
     """
     whole = ColmConfig.load(source)
     config = level_1(whole)

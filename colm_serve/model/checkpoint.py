@@ -55,7 +55,7 @@ def check_folder(folder: Path) -> ColmConfig:
     start.
 
     Raises:
-        CheckpointError, InvalidConfig: as `load_model`, except that contents are not read.
+        CheckpointError: as `load_model`, except that contents are not read.
     """
     model = _make_empty(folder, None, with_head=True)
     base = chain_digest(folder, 1)
@@ -139,7 +139,7 @@ def load_model(
         CheckpointError: a file is missing, truncated, damaged, of another model, or holds a
             tensor that is missing or has another shape than the config gives; the message
             names file and tensor.
-        InvalidConfig: config.json has a value that is not allowed.
+        InvalidConfig: it has fewer chains than are asked for.
     """
     model = _make_empty(folder, num_chains, with_head)
     base = chain_digest(folder, 1)

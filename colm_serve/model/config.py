@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from colm_serve.errors import InvalidConfig
+from colm_serve.errors import CheckpointError, InvalidConfig
 from colm_serve.json_file import read_json, write_json
 from colm_serve.model.rope_scaling import Llama3RopeScaling, is_positive_number
 
@@ -215,8 +215,12 @@ class ColmConfig:
 
     @classmethod
     def load(cls, folder: Path) -> ColmConfig:
-        """Read `folder/config.json`; raises CheckpointError when it is not there or not JSON."""
-        return cls.from_dict(read_json(folder / "config.json").values)
+        """Read `folder/config.json`; raises CheckpointError where it cannot be."""
+        path = folder / "config.json"
+        try:
+            return cls.from_dict(read_json(path).values)
+        except InvalidConfig as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     def save(self, folder: Path) -> None:
         write_json(folder / "config.json", self.to_dict())

@@ -34,6 +34,32 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     return tokenizer
 
 
+def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a folder that must have one, and one that its model's vocabulary holds.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or belongs to another model.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: no such file; save_pretrained of transformers' "
+            "AutoTokenizer writes it"
+        )
+    check_vocabulary(tokenizer, folder, vocab_size)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
+    """Raise CheckpointError unless a model of this vocabulary knows all of the folder's tokens."""
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= vocab_size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: of another model: it has token id {highest}, and "
+            f"config.json's vocab_size is {vocab_size}"
+        )
+
+
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     """What a token adds to a text, special ones too; part of a UTF-8 character perhaps."""
     return _bytes_of(tokenizer, [token_id])[0]

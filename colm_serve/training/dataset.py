@@ -14,13 +14,14 @@ from tokenizers import Tokenizer
 
 from colm_serve.errors import InvalidConfig
 from colm_serve.files import write_atomically
+from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.batches import Batches, StoredBatches, StreamedBatches, TokenArray
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.corpus import Corpus, read_corpus
 from colm_serve.training.document_encoder import DocumentEncoder
 from colm_serve.training.heldout import check_heldout, read_streamed_heldout
 from colm_serve.training.streamed_corpus import StreamedCorpus
-from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from colm_serve.training.tokenizer import save_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -69,14 +70,15 @@ def _prepare_stored(config: TrainConfig, run_folder: Path, data: Path | None) ->
         for split in ("train", "heldout")
     )
     check_heldout(corpus.name, len(heldout), config)
-    return Dataset(load_tokenizer(run_folder), heldout, lambda states: StoredBatches(train, config))
+    tokenizer = load_model_tokenizer(run_folder, config.model.vocab_size)
+    return Dataset(tokenizer, heldout, lambda states: StoredBatches(train, config))
 
 
 def _prepare_streamed(config: TrainConfig, run_folder: Path, corpus: StreamedCorpus) -> Dataset:
     if not (run_folder / _MARKER).exists():
         tokenizer = _make_tokenizer(config, _beginning(corpus.training()))
         save_tokenizer(tokenizer, run_folder, config.model.max_context)
-    tokenizer = load_tokenizer(run_folder)
+    tokenizer = load_model_tokenizer(run_folder, config.model.vocab_size)
     encoder = DocumentEncoder(tokenizer, config.model, corpus.name)
     heldout = read_streamed_heldout(corpus, encoder, config)
     if not _is_prepared(run_folder, corpus.name, heldout.fingerprint):
@@ -128,11 +130,7 @@ def _tokenize(config: TrainConfig, run_folder: Path, corpus: Corpus) -> None:
 def _make_tokenizer(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
     vocab_size = config.model.vocab_size
     if config.tuning is not None:
-        tokenizer = load_tokenizer(config.tuning.base)
-        if tokenizer.get_vocab_size() > vocab_size:
-            allowed = f"a model with {vocab_size} tokens or fewer, as its config.json says"
-            raise InvalidConfig("tuning.base", str(config.tuning.base), allowed)
-        return tokenizer
+        return load_model_tokenizer(config.tuning.base, vocab_size)
     _log.info("training the tokenizer")
     tokenizer = train_tokenizer(texts, vocab_size)
     if tokenizer.get_vocab_size() != vocab_size:

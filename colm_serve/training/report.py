@@ -11,10 +11,11 @@ from rich.table import Table
 from colm_serve.errors import CheckpointError
 from colm_serve.files import write_atomically
 from colm_serve.model.checkpoint import load_model
+from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.heldout import read_heldout
 from colm_serve.training.loss import evaluate
-from colm_serve.training.tokenizer import load_tokenizer, token_bytes
+from colm_serve.training.tokenizer import token_bytes
 
 _FILE_NAME = "eval.json"
 
@@ -82,7 +83,7 @@ def evaluate_folder(model_folder: Path, config: TrainConfig, data: Path | None =
         InvalidArgument, InvalidConfig, Unavailable: as `read_heldout`.
     """
     model = load_model(model_folder).model
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_model_tokenizer(model_folder, model.config.vocab_size)
     heldout = read_heldout(config, tokenizer, data)
     losses = evaluate(model, heldout.tokens, token_bytes(tokenizer), seq_len=config.seq_len)
     return Report(

@@ -31,11 +31,12 @@ from colm_serve.files import new_folder, writing
 from colm_serve.model.checkpoint import carried_files, save_model
 from colm_serve.model.content_digest import content_digest
 from colm_serve.model.transformer import ColmModel
+from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.data_parallel import DataParallel
 from colm_serve.training.lora import merge_adapters
 from colm_serve.training.starting_point import StartingPoint
-from colm_serve.training.tokenizer import load_tokenizer, save_tokenizer
+from colm_serve.training.tokenizer import save_tokenizer
 
 _log = logging.getLogger(__name__)
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -157,7 +158,8 @@ def export_model(run_folder: Path, config: TrainConfig, model_folder: Path) -> P
     restore_weights(snapshot, start)
     if config.tuning is None:
         save_model(start.model, model_folder)
-        save_tokenizer(load_tokenizer(run_folder), model_folder, config.model.max_context)
+        tokenizer = load_model_tokenizer(run_folder, config.model.vocab_size)
+        save_tokenizer(tokenizer, model_folder, config.model.max_context)
     else:
         merge_adapters(start.model)
         save_model(start.model, model_folder, first_files=config.tuning.frozen_files)

@@ -62,11 +62,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_context: int) -> None
     (folder / "tokenizer_config.json").write_text(text, "utf-8")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a run or model folder."""
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
 def token_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     """How many bytes of text each token id stands for; special tokens stand for none."""
     texts = text_vocabulary(tokenizer, tokenizer.get_vocab_size())

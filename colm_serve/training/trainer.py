@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from colm_serve.model.checkpoint import check_folder
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.data_parallel import DataParallel, join_processes
@@ -81,8 +82,11 @@ def train(
         InvalidConfig: the folder holds a run of another recipe or corpus, a step's sequences
             cannot be shared evenly among the processes, or the stream cannot be opened.
         InvalidArgument: the corpus is missing or too small.
+        CheckpointError: the model to be tuned is missing or damaged.
         Unavailable: the stream's hub cannot be reached.
     """
+    if config.tuning:
+        check_folder(config.tuning.base)
     run_folder.mkdir(parents=True, exist_ok=True)
     with join_processes(device) as group, stop or StopSignal.on_signals() as stop:
         group.check_shares(config)

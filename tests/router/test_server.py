@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import socket
 import ssl
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from colm_serve.router.server import RouterService, load_router
 from colm_serve.transport.host import ServiceThread
 from tests.helpers import TINY, make_model_folder
 from tests.router.cluster import model_facts, save_tokenizer, scripted_cluster
-from tests.router.scripted import Script, ScriptedDecode
+from tests.router.scripted import VOCAB_SIZE, Script, ScriptedDecode
 
 
 def bare_service(**changes: object) -> RouterService:
@@ -35,7 +36,7 @@ def bare_service(**changes: object) -> RouterService:
 
 
 async def test_load_router_reads_the_model_folder(tmp_path: Path) -> None:
-    folder = make_model_folder(tmp_path / "tiny")
+    folder = make_model_folder(tmp_path / "tiny", replace(TINY, vocab_size=VOCAB_SIZE))
     save_tokenizer(folder)
     router = load_router(ClusterConfig(model=folder))
     assert router.model.name == "tiny"
@@ -110,6 +111,13 @@ async def test_a_taken_port_is_an_error_and_leaves_nothing_behind() -> None:
             await service.start()
     host, _, port = service.grpc_address.rpartition(":")
     socket.create_server((host, int(port))).close()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path, TINY)
+    save_tokenizer(folder)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: of another model: it has"):
+        RouterService(ClusterConfig(model=folder))
 
 
 def test_plaintext_stays_on_loopback() -> None:

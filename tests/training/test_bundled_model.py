@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from colm_serve.model.checkpoint import load_model
+from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.loss import evaluate
 from colm_serve.training.report import Report
-from colm_serve.training.tokenizer import load_tokenizer, token_bytes
+from colm_serve.training.tokenizer import token_bytes
 
 FOLDER = Path(__file__).parents[2] / "models" / "stdlib-air"
 
@@ -58,9 +59,10 @@ class Inventory:
 
 
 def test_every_chain_lowers_the_loss_on_unseen_code() -> None:
-    tokenizer = load_tokenizer(FOLDER)
+    loaded = load_model(FOLDER)
+    tokenizer = load_model_tokenizer(FOLDER, loaded.model.config.vocab_size)
     ids = np.array(tokenizer.encode(UNSEEN).ids, np.uint16)
-    losses = evaluate(load_model(FOLDER).model, ids, token_bytes(tokenizer), seq_len=len(ids) - 1)
+    losses = evaluate(loaded.model, ids, token_bytes(tokenizer), seq_len=len(ids) - 1)
     assert all(above.bits_per_byte < below.bits_per_byte for below, above in pairwise(losses))
     assert losses[-1].bits_per_byte < 1.7
 

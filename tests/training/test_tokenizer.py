@@ -11,11 +11,11 @@ from tokenizers.decoders import ByteFallback
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
+from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.corpus import Document
 from colm_serve.training.document_encoder import DocumentEncoder
 from colm_serve.training.tokenizer import (
     SPECIAL_TOKENS,
-    load_tokenizer,
     save_tokenizer,
     token_bytes,
     train_tokenizer,
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_any_text_survives_and_its_bytes_are_counted(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_model_tokenizer(folder, 290)
     for text in (TEXT, "\x00\t \n\r  🙂 unseen", ""):
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids) == text
@@ -40,7 +40,7 @@ def test_any_text_survives_and_its_bytes_are_counted(folder: Path) -> None:
 
 
 def test_documents_carry_header_and_end(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_model_tokenizer(folder, 290)
     document = Document("a/b.py", TEXT)
     ids = DocumentEncoder(tokenizer, MODEL, "corpus").encode([document])
     shown = tokenizer.decode(ids.tolist(), skip_special_tokens=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from colm_serve.convert.expand import expand
-from colm_serve.errors import InvalidConfig
+from colm_serve.errors import CheckpointError, InvalidConfig
 from colm_serve.model.chain_file import chain_digest, chain_path
 from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.initial import initial_model
@@ -26,6 +27,7 @@ from colm_serve.training.loss import multi_chain_loss
 from colm_serve.training.report import Report, evaluate_folder
 from colm_serve.training.snapshot import checkpoint_folders
 from colm_serve.training.stage import stage_at
+from colm_serve.training.tokenizer import save_tokenizer, train_tokenizer
 from colm_serve.training.trainer import train
 from colm_serve.training.tuning import Tuning
 from tests.engine.paged import kv_of_whole_model
@@ -266,6 +268,50 @@ def test_a_recipe_s_base_counts_from_the_recipe_s_folder(expanded: Path) -> None
     assert TrainConfig.load(recipe) == config
     config.save(recipe)
     assert TrainConfig.load(recipe) == config, "an absolute path stays"
+
+
+def truncate(base: Path) -> None:
+    path = chain_path(base, 2)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def widen(base: Path) -> None:
+    path = base / "config.json"
+    path.write_text(path.read_text("utf-8").replace('"d_ff": 64', '"d_ff": 128'), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"chain-2\.safetensors: truncated"),
+        (widen, r"chain-1\.safetensors: tensor blocks\.0\.ffn\.w1\.weight has shape .*, expected"),
+    ],
+)
+def test_a_damaged_base_is_refused_before_anything_is_written(
+    expanded: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    base = shutil.copytree(expanded, tmp_path / "base")
+    damage(base)
+    with pytest.raises(CheckpointError, match=message):
+        train(recipe_for(base), tmp_path / "run", data=DATA, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_not_the_model_s_is_refused(tuned: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tuned, tmp_path / "model")
+    for vocab_size, message in (
+        (300, r"tokenizer\.json: of another model: it has token id 299, .*vocab_size is 280"),
+        (None, r"tokenizer\.json: no such file"),
+    ):
+        (model / "tokenizer.json").unlink()
+        if vocab_size is not None:
+            save_tokenizer(
+                train_tokenizer([Path(__file__).read_text("utf-8")], vocab_size), model, 64
+            )
+        with pytest.raises(CheckpointError, match=message):
+            evaluate_folder(model, RECIPE, DATA)
+        with pytest.raises(CheckpointError, match=message):
+            train(recipe_for(model), tmp_path / "run", data=DATA, device="cpu")
 
 
 def test_another_model_s_recipe_is_refused(expanded: Path, tmp_path: Path) -> None:
