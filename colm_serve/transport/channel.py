@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 
 from colm_serve.config import TlsConfig, check_bind_address
+from colm_serve.transport.unreadable import RefuseUnreadable
 
 #: A KV frame of a chunk's layer, with room to spare; prompts are far smaller.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -27,7 +28,7 @@ _SERVER_OPTIONS = [*_OPTIONS, ("grpc.so_reuseport", 0)]
 
 def make_server() -> grpc.aio.Server:
     """A server with our limits; add servicers, `bind` it, start it."""
-    return grpc.aio.server(options=_SERVER_OPTIONS)
+    return grpc.aio.server(interceptors=(RefuseUnreadable(),), options=_SERVER_OPTIONS)
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, tls: TlsConfig | None) -> str:

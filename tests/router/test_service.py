@@ -119,8 +119,9 @@ async def test_bytes_that_are_no_request(tmp_path: Path, raw: bytes) -> None:
         call = generate(raw, timeout=5)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await call.read()
-        # grpc.aio's own answer to what it cannot parse.
-        assert error.value.code() is grpc.StatusCode.UNKNOWN
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "colm.v1.GenerateRequest" in (error.value.details() or "")
+        assert dict(error.value.trailing_metadata())["colm-field"] == "request"
         assert cluster.router.num_running == 0
 
 
