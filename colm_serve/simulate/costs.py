@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from colm_serve.core import PrefillCost, StepCost, TransferCost
 from colm_serve.errors import InvalidConfig
+from colm_serve.files import writing
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PerChain = tuple[Seconds, ...]
@@ -113,4 +114,6 @@ class WorkerCosts(_Frozen):
             raise InvalidConfig(key, problem.get("input"), problem["msg"]) from error
 
     def save(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
+        """Raises WriteFailed, as on a full disk."""
+        with writing(path):
+            path.write_text(self.model_dump_json(indent=2) + "\n", "utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from colm_serve.files import write_atomically
 from colm_serve.simulate.outcomes import PERCENTILES, Figures, Outcome
 from colm_serve.simulate.plots import HAS_MATPLOTLIB, save_plots
 
@@ -55,5 +56,5 @@ def write_outcome(outcome: Outcome, folder: Path) -> list[Path]:
     """Write `outcome.json` and, where matplotlib is installed, the plots; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "outcome.json"
-    path.write_text(json.dumps(outcome.as_json(), indent=2) + "\n", "utf-8")
+    write_atomically(path, json.dumps(outcome.as_json(), indent=2) + "\n")
     return [path, *(save_plots(outcome, folder) if HAS_MATPLOTLIB else ())]

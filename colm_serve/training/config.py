@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 import yaml
 
 from colm_serve.errors import InvalidConfig
+from colm_serve.files import write_atomically
 from colm_serve.model.config import ColmConfig
 from colm_serve.training.stream_config import StreamConfig
 from colm_serve.training.tuning import Tuning
@@ -167,7 +168,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write a YAML file that `load` reads back."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), "utf-8")
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> TrainConfig:

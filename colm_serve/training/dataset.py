@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from colm_serve.errors import InvalidConfig
-from colm_serve.files import write_atomically
+from colm_serve.files import write_atomically, writing
 from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.batches import Batches, StoredBatches, StreamedBatches, TokenArray
 from colm_serve.training.config import TrainConfig
@@ -118,7 +118,9 @@ def _tokenize(config: TrainConfig, run_folder: Path, corpus: Corpus) -> None:
     width = np.uint16 if config.model.vocab_size <= 2**16 else np.uint32
     for split, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
         tokens = encoder.encode(documents).astype(width)
-        np.save(run_folder / f"{split}.npy", tokens, allow_pickle=False)
+        path = run_folder / f"{split}.npy"
+        with writing(path):
+            np.save(path, tokens, allow_pickle=False)
         summary[split] = {
             "num_documents": len(documents),
             "num_bytes": sum(len(d.text.encode()) for d in documents),

@@ -20,6 +20,7 @@ from typing import Any
 
 from colm_serve.engine.sparse.selectors import AShape, BlockSparse, Dense, Selector, VerticalSlash
 from colm_serve.errors import InvalidConfig
+from colm_serve.files import writing
 
 _TYPES = ("stream_llm", "vertical_and_slash", "block_sparse", "dense")
 _ENTRY = "[type, first, second, score]"
@@ -46,12 +47,17 @@ class HeadPattern:
 
 
 def save_patterns(path: Path, layers: Sequence[Sequence[HeadPattern]]) -> None:
-    """Write the patterns of each layer's heads, a layer a line."""
+    """Write the patterns of each layer's heads, a layer a line.
+
+    Raises:
+        WriteFailed: as on a full disk.
+    """
     lines = [
         json.dumps({str(head): pattern.to_json() for head, pattern in enumerate(heads)})
         for heads in layers
     ]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
+    with writing(path):
+        path.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
 
 
 def load_patterns(path: Path, num_layers: int, num_heads: int) -> list[list[HeadPattern]]:
