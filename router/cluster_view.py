@@ -42,7 +42,7 @@ class ClusterView:
         self._prefill: WorkerGroup[PrefillState] = WorkerGroup(block_tokens)
         self._hashed: tuple[Sequence[int], str, tuple[int, ...]] = ((), "", ())
         self._foreign: frozenset[Member] = frozenset()
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Event | None = None  # somebody waits for it
 
     @property
     def version(self) -> int:
@@ -63,12 +63,15 @@ class ClusterView:
 
     def change(self) -> asyncio.Event:
         """Set at the next change of anything a policy could decide otherwise on."""
+        if self._changed is None:
+            self._changed = asyncio.Event()
         return self._changed
 
     def announce(self) -> None:
         """Let those who wait for a change decide again."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     def apply(self, membership: Membership) -> bool:
         """Use a membership if it is newer than the one in use; returns whether it is."""

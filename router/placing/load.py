@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from colm_serve.core import DecodeStatus, StepCost
 
@@ -87,9 +88,11 @@ class TokenTimes:
         more, self._token_s = [], []
         loads = zip(load.num_rows, load.num_attended, cached_token_s, strict=False)
         for chain, (rows, attended, each_s) in enumerate(loads):
-            attended_now = attended / turns
-            without_s = cost.chain_step_s(chain, min(rows, max_rows), attended_now)
-            with_s = cost.chain_step_s(chain, min(rows + num_new, max_rows), attended_now)
+            attended_now, rows_now = attended / turns, rows + num_new
+            if rows_now > max_rows:
+                rows, rows_now = min(rows, max_rows), max_rows
+            without_s = cost.chain_step_s(chain, rows, attended_now)
+            with_s = cost.chain_step_s(chain, rows_now, attended_now)
             base_s += without_s
             more_s += with_s - without_s
             token_s += num_new * each_s
@@ -104,7 +107,4 @@ class TokenTimes:
 
 def _per_chain(per_level: Sequence[int]) -> tuple[int, ...]:
     """Of those at its level and above, which use the chain."""
-    counts = list(per_level)
-    for chain in range(len(counts) - 2, -1, -1):
-        counts[chain] += counts[chain + 1]
-    return tuple(counts)
+    return tuple(accumulate(reversed(per_level)))[::-1]
