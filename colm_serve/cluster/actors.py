@@ -71,7 +71,7 @@ class Actors:
         except TimeoutError as error:
             raise Unavailable(f"{slot.worker_id}: no {method} within {timeout_s} s") from error
         except ray.exceptions.RayError as error:
-            raise _reason(slot, error) from error
+            raise reason(slot, error) from error
 
     def hand_over(self, slot: Slot, successor: Slot) -> None:
         """The actor in one slot is another's."""
@@ -91,11 +91,14 @@ class Actors:
         ray.kill(self._actors.pop(slot))
 
 
-def _reason(slot: Slot, error: ray.exceptions.RayError) -> ColmError:
+def reason(slot: Slot, error: ray.exceptions.RayError) -> ColmError:
     """The error that an actor raised, out of Ray's wrapping."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ColmError):
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
-    return Unavailable(f"{slot.worker_id}: {error}")
+    lines = str(error).strip().splitlines()
+    # Of what a constructor raises Ray keeps a traceback's text alone, which ends with it.
+    died_at_birth = isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
+    return Unavailable(f"{slot.worker_id}: {lines[-1 if died_at_birth else 0]}")
