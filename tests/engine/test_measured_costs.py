@@ -36,7 +36,19 @@ def test_each_is_timed_in_turn_and_its_least_counts(monkeypatch: pytest.MonkeyPa
     a = partial(machine.run, "a", [9.0, 1.0, 5.0])
     b = partial(machine.run, "b", [2.0, 7.0, 3.0])
     assert least_s([a, b], budget_s=1000.0) == [1.0, 2.0]
-    assert machine.order == ["a", "b"] * 12
+    assert machine.order == ["a", "b"] * 5
+
+
+def test_rounds_go_on_while_they_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    a = partial(machine.run, "a", [9.0, 9.0, 9.0, 9.0, 5.0, 4.0, 4.0])
+    b = partial(machine.run, "b", [2.0])
+    assert least_s([a, b], budget_s=1000.0) == [4.0, 2.0]
+    assert machine.order == ["a", "b"] * 7
+    falling = partial(machine.run, "c", [float(2**n) for n in range(40, 0, -1)])
+    machine.order.clear()
+    least_s([falling], budget_s=1e20)
+    assert machine.order == ["c"] * 16
 
 
 def test_none_runs_once_the_time_is_up_but_each_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
