@@ -14,6 +14,7 @@ from itertools import count
 
 from colm_serve.core import Member, Membership
 from colm_serve.router.placing.facts import Placement
+from colm_serve.router.placing.outlook import Outlook
 from colm_serve.router.placing.placement import WorkerGroup
 from colm_serve.router.placing.prefix_index import block_hashes
 from colm_serve.router.placing.snapshot import ClusterSnapshot, DecodeState, PrefillState, Work
@@ -149,6 +150,13 @@ class ClusterView:
             record.move(request_id, level, is_pinned=is_pinned)
             self._rank(record)
 
+    def set_outlook(self, member: Member, outlook: Outlook | None) -> None:
+        """What the requests at a decode worker leave to newcomers, as far as that is known."""
+        record = self._records.get(member)
+        if record is not None and not record.outlook is outlook is None:
+            record.outlook = outlook
+            self._rank(record)
+
     def admitted(self, request_id: str, placement: Placement) -> None:
         """The workers know of the request."""
         for record in self._records_of(placement):
@@ -231,7 +239,7 @@ class ClusterView:
             status = state.status
             num_rows = sum(status.num_running) + status.num_waiting + len(state.outstanding)
             load = num_rows / status.max_rows
-            decode.set(record.number, state, load, state.num_free_pages)
+            decode.set(record.number, state, load, state.num_free_pages, state.pace)
         else:
             self._prefill.set(record.number, state, state.queue_s, state.status.num_free_pages)
 

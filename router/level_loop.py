@@ -11,7 +11,8 @@ from colm_serve.core import DecodeStatus, Member
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.lifecycle import Clock
 from colm_serve.router.metrics import Metrics
-from colm_serve.router.placing.level_moves import INTERVAL_S, LevelMover, Move, Row
+from colm_serve.router.placing.batch import Move, Row
+from colm_serve.router.placing.level_moves import INTERVAL_S, LevelMover
 from colm_serve.router.running import RunningRequest
 
 logger = logging.getLogger(__name__)
@@ -64,12 +65,16 @@ class LevelLoop:
         for request in self._running.values():
             if request.worker is not None:
                 rows[request.worker].append(request.row())
+        for idle in self._movers.keys() - rows.keys():
+            self._view.set_outlook(idle, None)
         self._movers = {m: self._movers.get(m) or LevelMover(self._moves_per_s) for m in rows}
         for member, mover in self._movers.items():
             status = self._view.status_of(member)
             if isinstance(status, DecodeStatus):
                 now, cost = self._clock(), status.step_cost
-                for move in mover.plan(now, rows[member], cost, status.max_rows):
+                moves, outlook = mover.plan(now, rows[member], cost, status.max_rows)
+                self._view.set_outlook(member, outlook)
+                for move in moves:
                     self._start(move, member)
 
     def _start(self, move: Move, member: Member) -> None:

@@ -63,7 +63,7 @@ def _roomy(state: DecodeState, request: RequestFacts) -> DecodeState:
     # Each request on its way takes no more than all pages, and this one no more than its tokens.
     num_pages = state.status.num_pages * (1 + len(state.outstanding)) + request.num_tokens
     status = replace(state.status, num_pages=num_pages, num_free_pages=num_pages)
-    return replace(state, status=status, tpot_s=None)
+    return replace(state, status=status, tpot_s=None, outlook=None)
 
 
 def _idle(state: DecodeState) -> DecodeState:
@@ -73,7 +73,7 @@ def _idle(state: DecodeState) -> DecodeState:
         num_running=(0,) * state.status.num_levels,
         num_attended=(),
     )
-    return replace(state, status=status, outstanding=(), placed=(), tpot_s=None)
+    return replace(state, status=status, outstanding=(), placed=(), tpot_s=None, outlook=None)
 
 
 def _empty(state: PrefillState) -> PrefillState:

@@ -17,9 +17,10 @@ from colm_serve.core import (
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.output import Output
+from colm_serve.router.placing.batch import Row
 from colm_serve.router.placing.facts import Placement, RequestFacts
 from colm_serve.router.placing.latency_model import Prediction
-from colm_serve.router.placing.level_moves import Row, step_limit_s
+from colm_serve.router.placing.level_moves import mean_limit_s
 from colm_serve.router.placing.snapshot import Work
 from colm_serve.router.request import Finished, Started, Token, Usage
 from colm_serve.router.tenants import ANYBODY, Tenant
@@ -102,7 +103,7 @@ class RunningRequest:
             deadline_s=self.checked.deadline_s,
             age_s=self.lifecycle.age_s(),
             is_begun=self.num_attempts > 0,
-            is_light=self.checked.is_light,
+            heavier_tpot_s=self.checked.heavier_tpot_s,
             own_targets=self.checked.own_targets,
             refused_by=self.refused_by,
             failed_at=self.failed_at,
@@ -166,7 +167,7 @@ class RunningRequest:
         assert self._level is not None, "a request at a worker has been placed"
         checked, level = self.checked, self._level
         may_move = self._is_admitted and not self._is_level_set
-        step_s = step_limit_s(
+        mean_s = mean_limit_s(
             tpot_s=checked.tpot_s,
             decode_s=self.lifecycle.decode_s(),
             num_done=max(0, self.output.num_tokens - 1),
@@ -179,7 +180,9 @@ class RunningRequest:
             min_level=checked.min_level if may_move else level,
             max_level=checked.max_level if may_move else level,
             num_attended=len(checked.prompt) + self.output.num_tokens,
-            step_limit_s=step_s,
+            num_left=self.output.max_tokens_left,
+            mean_limit_s=mean_s,
+            tpot_s=checked.tpot_s,
             weight=checked.weight,
         )
 

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from colm_serve.config import MAX_S, SlaClass, light_classes
+from colm_serve.config import MAX_S, SlaClass, heavier_tpot_s
 from colm_serve.core import MAX_SEED, SamplingParams
 from colm_serve.errors import InvalidArgument, InvalidConfig
 from colm_serve.router.model_facts import ModelFacts
@@ -43,7 +43,7 @@ class CheckedRequest:
     cache_salt: str
     sla_class: str
     weight: float = 1.0
-    is_light: bool = False  # there is a class with more weight
+    heavier_tpot_s: float | None = None  # as `RequestFacts` has it
     #: Targets that the request itself names, rather than its class.
     own_targets: frozenset[str] = frozenset()
     is_scored_only: bool = False
@@ -67,7 +67,7 @@ class Validator:
         self._tokenizer = tokenizer
         self._sla_classes = sla_classes
         self._default_sla_class = default_sla_class
-        self._light_classes = light_classes(sla_classes)
+        self._heavier_tpot_s = heavier_tpot_s(sla_classes)
         for name, sla in sla_classes.items():
             if sla.min_level > model.num_levels:
                 key = f"sla_classes.{name}.min_level"
@@ -108,7 +108,7 @@ class Validator:
             tpot_s=None if sla.tpot_ms is None else sla.tpot_ms / 1000,
             deadline_s=sla.deadline_s,
             weight=sla.weight,
-            is_light=sla_class in self._light_classes,
+            heavier_tpot_s=self._heavier_tpot_s.get(sla_class),
             sla_class=sla_class,
             own_targets=frozenset(t for t in _TARGETS if getattr(request, t) is not None),
             is_scored_only=_is_scored_only(request),

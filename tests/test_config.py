@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from colm_serve.config import (
     DecodeConfig,
     SlaClass,
     check_bind_address,
-    light_classes,
+    heavier_tpot_s,
 )
 from colm_serve.errors import InvalidConfig
 
@@ -53,8 +54,10 @@ def test_there_are_classes_without_any_config(tmp_path: Path) -> None:
     assert interactive.ttft_ms is not None
     assert batch.ttft_ms is None
     assert batch.weight < SlaClass().weight < interactive.weight
-    assert light_classes(config.sla_classes) == {"default", "batch"}
-    assert light_classes({"only": SlaClass(weight=0.5)}) == frozenset()
+    assert heavier_tpot_s(config.sla_classes) == {"default": 0.1, "batch": 0.1}
+    assert heavier_tpot_s({"only": SlaClass(weight=0.5)}) == {}
+    heavier = {"a": SlaClass(weight=3), "b": SlaClass(tpot_ms=50, weight=2), "c": SlaClass()}
+    assert heavier_tpot_s(heavier) == {"b": math.inf, "c": 0.05}
     assert list(load(tmp_path, FULL).sla_classes) == ["chat", "batch"], "one's own replace them"
 
 

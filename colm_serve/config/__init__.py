@@ -7,7 +7,7 @@ from colm_serve.config.prefill import PrefillConfig, SparseConfig
 from colm_serve.config.ray import RayConfig
 from colm_serve.config.router import RouterConfig
 from colm_serve.config.section import MAX_S
-from colm_serve.config.sla import SlaClass, light_classes
+from colm_serve.config.sla import SlaClass, heavier_tpot_s
 from colm_serve.config.standby import StandbyConfig
 from colm_serve.config.tenant import TenantConfig
 from colm_serve.config.tls import TlsConfig, check_bind_address
@@ -30,6 +30,6 @@ __all__ = [
     "TlsConfig",
     "WorkerConfig",
     "check_bind_address",
-    "light_classes",
+    "heavier_tpot_s",
     "load_yaml",
 ]

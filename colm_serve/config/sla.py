@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from pydantic import Field, model_validator
@@ -38,7 +39,15 @@ SLA_CLASSES = {
 }
 
 
-def light_classes(sla_classes: Mapping[str, SlaClass]) -> frozenset[str]:
-    """The names of those that have less weight than another."""
-    most = max(sla.weight for sla in sla_classes.values())
-    return frozenset(name for name, sla in sla_classes.items() if sla.weight < most)
+def heavier_tpot_s(sla_classes: Mapping[str, SlaClass]) -> dict[str, float]:
+    """By the name of a class: the strictest `tpot_ms` of those with more weight, in seconds.
+
+    Infinite where these have none; a class with the most weight is not there.
+    """
+    strictest: dict[str, float] = {}
+    for name, sla in sla_classes.items():
+        heavier = [other for other in sla_classes.values() if other.weight > sla.weight]
+        if heavier:
+            targets = [other.tpot_ms / 1e3 for other in heavier if other.tpot_ms is not None]
+            strictest[name] = min(targets, default=math.inf)
+    return strictest

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 
 from colm_serve.core import DecodeStatus, Member
 from colm_serve.router.cluster_view import ClusterView
-from colm_serve.router.placing.level_moves import LEAST_SHARE, LevelMover, Row, step_limit_s
+from colm_serve.router.placing.batch import Row
+from colm_serve.router.placing.latency_model import upper_limit_s
+from colm_serve.router.placing.level_moves import LEAST_SHARE, LevelMover, mean_limit_s
 from colm_serve.simulate.decode import VirtualDecodeWorker
 from colm_serve.simulate.running import VirtualRequest
 
@@ -37,27 +39,47 @@ class VirtualLevelLoop:
     def move(self, now: float) -> None:
         """Plan and make the moves that are due now."""
         for member, running in self._running.items():
-            if running and not self._is_calm(member, running, now):
-                self._move_at(member, running, now)
+            status = self._view.status_of(member)
+            if not isinstance(status, DecodeStatus):
+                continue
+            if self._is_calm(member, status, running, now):
+                self._view.set_outlook(member, None)
+            else:
+                self._move_at(member, status, running, now)
 
-    def _is_calm(self, member: Member, running: dict[str, VirtualRequest], now: float) -> bool:
+    def _is_calm(
+        self,
+        member: Member,
+        status: DecodeStatus,
+        running: dict[str, VirtualRequest],
+        now: float,
+    ) -> bool:
         """Whether nothing could be planned: all run at their highest level, and well in time."""
         step_s = self._decode[member].step_s
-        return all(
-            request.level == request.max_level
-            and (request.tpot_s is None or step_s <= LEAST_SHARE * request.tpot_s)
-            and step_s * request.traced.num_output_tokens <= request.deadline - now
-            for request in running.values()
-        )
+        highest, limit_s = 1, math.inf
+        for request in running.values():
+            if request.level < request.max_level:
+                return False
+            if step_s * request.traced.num_output_tokens > request.deadline - now:
+                return False
+            highest = max(highest, request.level)
+            if request.tpot_s is not None:
+                limit_s = min(limit_s, LEAST_SHARE * request.tpot_s)
+        return step_s <= upper_limit_s(limit_s, highest, status.step_cost)
 
-    def _move_at(self, member: Member, running: dict[str, VirtualRequest], now: float) -> None:
-        status = self._view.status_of(member)
-        if not isinstance(status, DecodeStatus):
-            return
+    def _move_at(
+        self,
+        member: Member,
+        status: DecodeStatus,
+        running: dict[str, VirtualRequest],
+        now: float,
+    ) -> None:
         worker = self._decode[member]
         rows = [_row(request, worker, now) for request in running.values()]
         mover = self._movers.setdefault(member, LevelMover(self._moves_per_s))
-        for move in mover.plan(now, rows, status.step_cost, status.max_rows):
+        moves, outlook = mover.plan(now, rows, status.step_cost, status.max_rows)
+        self._view.set_outlook(member, outlook)
+        for move in moves:
             request = running[move.request_id]
             request.level = move.level
             self.num_moves += 1
@@ -71,6 +93,7 @@ def _row(request: VirtualRequest, worker: VirtualDecodeWorker, now: float) -> Ro
     sequence = request.sequence
     assert sequence is not None, "a request that a worker has admitted has a sequence there"
     num_made = worker.num_output(sequence)
+    num_left = sequence.max_tokens - num_made
     first_at = math.inf if sequence.first_token_at is None else sequence.first_token_at
     return Row(
         request_id=request.request_id,
@@ -78,12 +101,14 @@ def _row(request: VirtualRequest, worker: VirtualDecodeWorker, now: float) -> Ro
         min_level=request.sla.min_level,
         max_level=request.max_level,
         num_attended=request.num_prompt + num_made,
-        step_limit_s=step_limit_s(
+        num_left=num_left,
+        mean_limit_s=mean_limit_s(
             tpot_s=request.tpot_s,
             decode_s=max(0.0, now - first_at),
             num_done=max(0, num_made - 1),
-            num_left=sequence.max_tokens - num_made,
+            num_left=num_left,
             remaining_s=request.deadline - now,
         ),
+        tpot_s=request.tpot_s,
         weight=request.sla.weight,
     )

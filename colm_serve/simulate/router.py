@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
-from colm_serve.config import ClusterConfig, light_classes
+from colm_serve.config import ClusterConfig, heavier_tpot_s
 from colm_serve.core import Member, Membership
 from colm_serve.errors import ColmError, InvalidConfig, ResourceExhausted
 from colm_serve.router.admission import Admission
@@ -44,7 +44,7 @@ class VirtualRouter:
         self.ended_at = 0.0
         self.outcomes = {name: ClassOutcomes(sla) for name, sla in config.sla_classes.items()}
         self._config = config
-        self._light_classes = light_classes(config.sla_classes)
+        self._heavier_tpot_s = heavier_tpot_s(config.sla_classes)
         self._clock = clock
         self._decode = decode
         self._workers: dict[Member, VirtualDecodeWorker | VirtualPrefillWorker] = {
@@ -123,9 +123,15 @@ class VirtualRouter:
             self.outcomes[name].num_refused += 1
             return
         request_id, num_prompt = str(self._num_arrived), traced.num_prompt_tokens
-        is_light = name in self._light_classes
         request = VirtualRequest(
-            request_id, traced, name, sla, self._num_levels, num_prompt, ticket, is_light
+            request_id,
+            traced,
+            name,
+            sla,
+            self._num_levels,
+            num_prompt,
+            ticket,
+            self._heavier_tpot_s.get(name),
         )
         self._watch_deadline(request)
         self._placer.enter(request)

@@ -24,7 +24,7 @@ class VirtualRequest:
     num_levels: int
     num_prompt: int
     ticket: Ticket
-    is_light: bool = False
+    heavier_tpot_s: float | None = None
     refused_by: frozenset[Member] = frozenset()
     num_attempts: int = 0
     placement: Placement | None = None
@@ -71,7 +71,7 @@ class VirtualRequest:
             deadline_s=self.sla.deadline_s,
             age_s=now - self.traced.arrival_s,
             is_begun=self.num_attempts > 0,
-            is_light=self.is_light,
+            heavier_tpot_s=self.heavier_tpot_s,
             refused_by=self.refused_by,
         )
 

@@ -15,7 +15,8 @@ class RequestFacts:
 
     `refused_by` had no room for it a moment ago; at `failed_at` it broke off, so that these
     come last. One that `is_begun` has been at a worker, and is served late rather than not at all.
-    One that `is_light` leaves some of the room to those of classes with more weight.
+    It leaves some of the room to those of classes with more weight, where there are such:
+    `heavier_tpot_s` is the strictest target of these, infinite if they have none.
     `own_targets` are those that the request itself names, rather than its class. Only workers of
     its `variant` can decode it.
     """
@@ -29,7 +30,7 @@ class RequestFacts:
     deadline_s: float | None = None
     age_s: float = 0.0
     is_begun: bool = False
-    is_light: bool = False
+    heavier_tpot_s: float | None = None
     own_targets: frozenset[str] = frozenset()
     refused_by: frozenset[Member] = frozenset()
     failed_at: frozenset[Member] = frozenset()

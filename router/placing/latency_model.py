@@ -8,12 +8,14 @@ from colm_serve.core import StepCost
 from colm_serve.router.placing.load import Load, TokenTimes
 from colm_serve.router.placing.snapshot import DecodeState, PrefillState
 
-#: Of a target: what is predicted may take so much of it, as no two steps take the same.
-AIMED_SHARE = 0.9
+#: Of a target: what is predicted may take so much of it, as predictions are not exact,
+AIMED_TTFT_SHARE = 0.9
+#: and less so of one time than of the mean of many.
+AIMED_TPOT_SHARE = 0.95
 #: Of what a row alone leaves of a limit: so much is filled before levels go down,
-UPPER_SHARE = 0.35
+UPPER_SHARE = 0.1
 #: and so much by requests of light classes; the rest is for heavier ones to come.
-LIGHT_SHARE = 0.8
+LIGHT_SHARE = 0.5
 
 
 class Prediction(NamedTuple):
@@ -26,13 +28,16 @@ class Prediction(NamedTuple):
         return self.ttft_s + (max_tokens - 1) * self.tpot_s
 
 
-def upper_limit_s(limit_s: float, level: int, cost: StepCost) -> float:
+def upper_limit_s(limit_s: float, level: int, cost: StepCost, share: float = 1.0) -> float:
     """How long a step may take for a row to run at `level`, above the lowest that it may.
 
     The rest of `limit_s` is kept for a burst: those that run fast and low end soon, so that there
     are few of them when it comes. A row that is alone may take all.
+
+    Args:
+        share: of what may be filled.
     """
-    return _filled_s(limit_s, UPPER_SHARE, level, cost)
+    return _filled_s(limit_s, share * UPPER_SHARE, level, cost)
 
 
 def light_limit_s(limit_s: float, level: int, cost: StepCost) -> float:

@@ -98,11 +98,16 @@ class TokenTimes:
             token_s += num_new * each_s
             more.append(more_s)
             self._token_s.append(token_s)
+        self._without_s = max(1.0, load.num_rows[0] / max_rows) * base_s
         self._fixed_s = [turns * (base_s + seconds) for seconds in more]
 
     def tpot_s(self, level: int, num_attended: int) -> float:
         """Seconds from token to token; the request attends to so many tokens."""
         return self._fixed_s[level - 1] + num_attended * self._token_s[level - 1]
+
+    def added_s(self, level: int, num_attended: int) -> float:
+        """How much of that the request adds, to the tokens of the others too."""
+        return self.tpot_s(level, num_attended) - self._without_s
 
 
 def _per_chain(per_level: Sequence[int]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Choosing among them costs the same for ten workers as for thousands.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
@@ -68,7 +69,8 @@ class WorkerGroup(Generic[State]):
         self._block_tokens = block_tokens
         self._index = PrefixIndex()
         self._states: dict[int, State] = {}
-        self._load = Ranking()
+        self._load: defaultdict[int | None, Ranking] = defaultdict(Ranking)  # by pace
+        self._paces: dict[int, int | None] = {}
         self._fullness = Ranking()
         self._smallness = Ranking()
         self._unranked: dict[int, int] = {}  # free pages, by which few decisions choose
@@ -77,19 +79,30 @@ class WorkerGroup(Generic[State]):
         """Workers that can be chosen."""
         return len(self._states)
 
-    def set(self, worker: int, state: State, load: float, num_free_pages: int) -> None:
-        """A worker that can be chosen, as it is now; the least `load` is chosen first."""
+    def set(
+        self,
+        worker: int,
+        state: State,
+        load: float,
+        num_free_pages: int,
+        pace: int | None = None,
+    ) -> None:
+        """A worker that can be chosen, as it is now; of each `pace` the least `load` is first."""
         if worker not in self._states:
             self._index.join(worker, state.status.num_pages)
+        elif self._paces[worker] != pace:
+            self._load[self._paces[worker]].drop(worker)
         self._states[worker] = state
-        self._load.set(worker, load)
+        self._paces[worker] = pace
+        self._load[pace].set(worker, load)
         self._unranked[worker] = num_free_pages
 
     def drop(self, worker: int) -> None:
         """The worker cannot be chosen for now; what it has cached is still there."""
         self._states.pop(worker, None)
         self._unranked.pop(worker, None)
-        for ranking in (self._load, self._fullness, self._smallness):
+        self._paces.pop(worker, None)
+        for ranking in (*self._load.values(), self._fullness, self._smallness):
             ranking.drop(worker)
 
     def leave(self, worker: int) -> None:
@@ -104,20 +117,31 @@ class WorkerGroup(Generic[State]):
     def candidates(self, hashes: Sequence[int], draw: Draw) -> tuple[State, ...]:
         """The workers to choose among for a prompt of these blocks: all if they are few.
 
-        Else those that have most of the prompt, the least loaded, and random others, so that
-        several routers whose news is equally old do not all choose the same.
+        Else those that have most of the prompt, the least loaded of each pace, and random others,
+        so that several routers whose news is equally old do not all choose the same.
         """
         if not self._states:
             return ()
         matches = self._index.matches(hashes, MAX_ALL)
         num_workers = len(self._states)
         if num_workers <= MAX_ALL:
-            chosen = self._load.least(MAX_ALL)
+            chosen = list(self._states)
         else:
             reachable: list[int] = [worker for worker in matches if worker in self._states]
-            drawn: list[int] = [self._load.at(draw(num_workers)) for _ in range(NUM_RANDOM)]
-            chosen = [*reachable[:NUM_MATCHES], *self._load.least(NUM_LEAST_LOADED), *drawn]
+            least: list[int] = [
+                w for ranking in self._load.values() for w in ranking.least(NUM_LEAST_LOADED)
+            ]
+            drawn: list[int] = [self._at(draw(num_workers)) for _ in range(NUM_RANDOM)]
+            chosen = [*reachable[:NUM_MATCHES], *least, *drawn]
         return self._states_of(chosen, matches)
+
+    def _at(self, position: int) -> int:
+        """A worker by its place among all."""
+        for ranking in self._load.values():
+            if position < len(ranking):
+                break
+            position -= len(ranking)
+        return ranking.at(position)
 
     def roomiest(self, hashes: Sequence[int]) -> tuple[State, ...]:
         """Those with the most free pages, and the one with the most pages in all."""

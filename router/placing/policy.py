@@ -48,10 +48,10 @@ def make_policy(config: RouterConfig) -> Policy:
 
 
 def adaptive(request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
-    """The highest level at which every target holds; there, the least predicted finish.
+    """Where every target holds and the least delay is predicted; there, the highest level.
 
-    Where none holds as things are, all may at the lowest level, once those that run have been
-    moved down (see `level_moves`). A request that has begun is served even if they do not.
+    Targets may hold only once those that run have been moved down (see `level_moves`). A request
+    that has begun is served even if they do not.
     """
     prefill = order_prefill(cluster.prefill, len(request.prompt))
     made = Offers(request, prefill)
@@ -81,7 +81,7 @@ def aggregated(request: RequestFacts, cluster: ClusterSnapshot) -> Placement:
 
 
 def least(offers: Iterable[Offer], request: RequestFacts) -> Offer:
-    return min(offers, key=lambda offer: offer.rank(request.max_tokens))
+    return min(offers, key=lambda offer: offer.rank())
 
 
 def order_prefill(prefill: Iterable[PrefillState], num_prompt_tokens: int) -> list[PrefillState]:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from colm_serve.core import DecodeStatus, Member, PrefillStatus
 from colm_serve.router.placing.lazy import lazy
 from colm_serve.router.placing.load import Load, TokenTimes, Work
+from colm_serve.router.placing.outlook import Outlook
+from colm_serve.router.placing.pace import pace_of
 
 __all__ = ["ClusterSnapshot", "DecodeState", "PrefillState", "Work"]
 
@@ -21,7 +23,8 @@ class DecodeState:
     """A decode worker. `placed` is what this router has there, `outstanding` what of it was placed
     since and is not in `status` yet.
 
-    `tpot_s` is the strictest target among the requests that this router runs there.
+    `tpot_s` is the strictest target among the requests that this router runs there, and `outlook`
+    what these leave to newcomers, where that is known.
     `num_matched_tokens` is how much of the prompt to be placed the router believes cached there.
     """
 
@@ -30,7 +33,13 @@ class DecodeState:
     outstanding: tuple[Work, ...] = ()
     placed: tuple[Work, ...] = ()
     tpot_s: float | None = None
+    outlook: Outlook | None = None
     num_matched_tokens: int = 0
+
+    @lazy
+    def pace(self) -> int | None:
+        """Of the fastest that this router has there; None: it has nothing there."""
+        return pace_of(self.tpot_s) if self.placed else None
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.status.page_size)

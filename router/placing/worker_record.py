@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from colm_serve.core import DecodeStatus, Member, PrefillStatus
+from colm_serve.router.placing.outlook import Outlook
 from colm_serve.router.placing.snapshot import DecodeState, PrefillState, Work
 
 WorkerStatus = DecodeStatus | PrefillStatus
@@ -29,6 +30,7 @@ class WorkerRecord:
     placed: dict[str, Work] = field(default_factory=dict)
     outstanding: dict[str, bool] = field(default_factory=dict)
     released: list[Work] = field(default_factory=list)
+    outlook: Outlook | None = None
 
     def set_status(self, status: WorkerStatus, counted: frozenset[str]) -> None:
         """The worker answered; its status has the requests in `counted`."""
@@ -75,7 +77,7 @@ class WorkerRecord:
                 placed = tuple(self.placed.values())
                 targets = [work.tpot_s for work in placed if work.tpot_s is not None]
                 tpot_s = min(targets, default=None)
-                return DecodeState(self.member, status, outstanding, placed, tpot_s)
+                return DecodeState(self.member, status, outstanding, placed, tpot_s, self.outlook)
             case PrefillStatus() as status:
                 num_tokens = sum([work.num_prompt_tokens for work in outstanding])
                 return PrefillState(self.member, status, num_tokens)

@@ -246,12 +246,13 @@ async def test_a_request_overrides_the_targets_of_its_class() -> None:
     assert own.own_targets == {"tpot_ms", "deadline_s"}
 
 
-async def test_requests_of_a_class_with_less_weight_than_another_are_light() -> None:
-    classes = {"chat": SlaClass(weight=2), "text": SlaClass()}
+async def test_requests_of_a_class_with_less_weight_than_another_yield_to_it() -> None:
+    classes = {"chat": SlaClass(tpot_ms=20, weight=2), "text": SlaClass()}
     checks = Validator(model_facts(), None, classes, "chat")
     prompt = TokenPrompt((5,))
-    assert not (await checks.check(GenerationRequest(prompt))).is_light
-    assert (await checks.check(GenerationRequest(prompt, sla_class="text"))).is_light
+    assert (await checks.check(GenerationRequest(prompt))).heavier_tpot_s is None
+    text = await checks.check(GenerationRequest(prompt, sla_class="text"))
+    assert text.heavier_tpot_s == 0.02
 
 
 @pytest.mark.parametrize("prompt", [TextPrompt("x"), ChatPrompt(())])

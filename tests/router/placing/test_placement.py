@@ -90,6 +90,21 @@ def test_of_many_those_with_the_prompt_and_the_least_loaded() -> None:
     assert tokens == {"decode70": 96, "decode71": 48}
 
 
+def test_of_many_the_least_loaded_of_each_pace() -> None:
+    view = view_of(MANY)
+    loads = {50: (0.1, 3), 51: (0.1, 2), 52: (0.1, 1), 60: (0.4, 9), 61: (0.4, 8), 62: (0.4, 7)}
+    for number, (tpot_s, num_rows) in loads.items():
+        for row in range(num_rows):
+            placement = Placement(member(number), (), 1, Prediction(0.0, 0.0))
+            view.place(f"{number}-{row}", placement, Work(1, 10, 10, tpot_s))
+        answer(view, member(number))
+    assert {51, 52, 61, 62} <= numbers(view.candidates(PROMPT, ""))
+    for row in range(9):
+        view.release(f"60-{row}", Placement(member(60), (), 1, Prediction(0.0, 0.0)))
+    view.set_unreachable(member(61))
+    assert {51, 52, 60, 62} <= numbers(view.candidates(PROMPT, "")), "it has no pace now"
+
+
 def test_the_others_are_drawn_anew_and_the_same_from_the_same_seed() -> None:
     draws = [
         [frozenset(numbers(view.candidates(PROMPT, ""))) for _ in range(20)]
