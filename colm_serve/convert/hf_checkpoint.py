@@ -21,6 +21,7 @@ class HfCheckpoint:
 
     Attributes:
         specs: the tensors that are there.
+        contents: the file that says which: the only one, or the shards' index.
 
     Raises:
         CheckpointError: the folder has no safetensors, one is missing, truncated or damaged, or
@@ -28,9 +29,11 @@ class HfCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        single = folder / SINGLE_FILE
+        self.contents = single if single.exists() else folder / INDEX_FILE
         self.specs: dict[str, TensorSpec] = {}
         self._paths: dict[str, Path] = {}
-        for path, indexed in _tensor_files(folder).items():
+        for path, indexed in _tensor_files(self.contents).items():
             with _open(path) as file:
                 specs = {name: _spec(path, name, file) for name in file.keys()}  # noqa: SIM118
             if missing := sorted(indexed - specs.keys()):
@@ -62,17 +65,17 @@ def _spec(path: Path, name: str, file: Any) -> TensorSpec:
     return TensorSpec(DTYPES[dtype], shape)
 
 
-def _tensor_files(folder: Path) -> dict[Path, set[str]]:
+def _tensor_files(contents: Path) -> dict[Path, set[str]]:
     """The files, each with the tensors that the index says it has; one file has no index."""
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.exists():
-        return {single: set()}
-    if not index.exists():
+    if contents.name == SINGLE_FILE:
+        return {contents: set()}
+    folder = contents.parent
+    if not contents.exists():
         raise CheckpointError(
             f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
         )
     files: dict[Path, set[str]] = {}
-    for name, file_name in _weight_map(index).items():
+    for name, file_name in _weight_map(contents).items():
         files.setdefault(folder / file_name, set()).add(name)
     return files
 

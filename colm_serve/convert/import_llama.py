@@ -39,7 +39,7 @@ def import_llama(source: Path, out: Path, report: Report | None = None) -> ColmC
     config = read_hf_config(source)
     check_tokenizer(source, config.vocab_size)
     checkpoint = HfCheckpoint(source)
-    names = _match_tensors(source, checkpoint, config)
+    names = _match_tensors(checkpoint, config)
     with new_model_folder(out) as folder:
         write_tensor_file(
             chain_path(folder, 1),
@@ -53,14 +53,15 @@ def import_llama(source: Path, out: Path, report: Report | None = None) -> ColmC
     return config
 
 
-def _match_tensors(source: Path, checkpoint: HfCheckpoint, config: ColmConfig) -> dict[str, str]:
+def _match_tensors(checkpoint: HfCheckpoint, config: ColmConfig) -> dict[str, str]:
     """The checkpoint's name of each of the CoLM's tensors; nothing else may be there."""
     names = {}
     for tensor in llama_tensors(config):
         names[tensor.stored] = tensor.name
         if tensor.name not in checkpoint.specs:
             raise CheckpointError(
-                f"{source}: tensor {tensor.name} is missing, expected with shape {tensor.shape}"
+                f"{checkpoint.contents}: tensor {tensor.name} is missing, expected with shape "
+                f"{tensor.shape}"
             )
         found = checkpoint.specs[tensor.name].shape
         if found != tensor.shape:

@@ -63,7 +63,7 @@ def edit_json(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({Q_PROJ: None}, f"{{folder}}: tensor {Q_PROJ} is missing, expected with shape (64, 64)"),
+        ({Q_PROJ: None}, f"{{file}}: tensor {Q_PROJ} is missing, expected with shape (64, 64)"),
         ({Q_PROJ: torch.zeros(48, 64)}, f"{{file}}: tensor {Q_PROJ} has shape (48, 64), expected "
          "(64, 64) by config.json"),
         ({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}, "{file}: tensor "
@@ -77,7 +77,7 @@ def test_a_tensor_that_does_not_fit(
     llama: Path, changes: dict[str, Tensor | None], message: str
 ) -> None:
     edit_tensors(llama / "model.safetensors", **changes)
-    expected = message.format(folder=llama, file=llama / "model.safetensors")
+    expected = message.format(file=llama / "model.safetensors")
     assert refusal(llama).startswith(expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,6 +178,14 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_line(
     with pytest.raises(Unavailable, match=r"stream\.dataset: nobody/nothing: .*Hub") as caught:
         corpus_of(rows_folder, dataset="nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+def test_the_extra_that_a_stream_needs_is_named(
+    rows_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InvalidConfig, match=r"stream: .*datasets is installed"):
+        corpus_of(rows_folder)
 
 
 @pytest.mark.parametrize(
