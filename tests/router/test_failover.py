@@ -213,13 +213,16 @@ async def test_a_text_that_leaves_its_standby_goes_back_to_its_level(tmp_path: P
         spare = standby()
         spare.script = Script(hold_after=1)
         losing = asyncio.create_task(lose_the_last_decode_worker(cluster, spare))
-        task = asyncio.create_task(generate(cluster))
-        await losing
-        await spare.held.wait()
         back = ScriptedDecode("d1")
-        cluster.workers.append(back)
-        await cluster.join([await back.start()])
-        levels = [event.level for event in await task if isinstance(event, Token)]
+        levels = []
+        async for event in cluster.client.generate(token_ids=PROMPT, max_tokens=6, seed=1):
+            if not isinstance(event, Token):
+                continue
+            levels.append(event.level)
+            if event.level == 1:
+                await losing
+                cluster.workers.append(back)
+                await cluster.join([await back.start()])
         num_before = levels.index(1)
         assert levels == [3] * num_before + [1] + [3] * (5 - num_before)
 
