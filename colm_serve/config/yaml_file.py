@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from colm_serve.errors import InvalidConfig
+from colm_serve.yaml_text import parse_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -20,7 +21,7 @@ def load_yaml(model: type[Model], name: str, path: Path) -> Model:
         InvalidConfig: not there, not YAML, an unknown key or a value that is not allowed.
     """
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
+        raw = parse_yaml(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidConfig(name, str(path), f"a readable file ({error})") from error
     except yaml.YAMLError as error:

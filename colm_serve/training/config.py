@@ -14,6 +14,7 @@ from colm_serve.files import write_atomically
 from colm_serve.model.config import ColmConfig
 from colm_serve.training.stream_config import StreamConfig
 from colm_serve.training.tuning import Tuning
+from colm_serve.yaml_text import parse_yaml
 
 Precision = Literal["fp32", "bf16"]
 
@@ -199,7 +200,7 @@ class TrainConfig:
             InvalidConfig: not there, not YAML, an unknown key or a value that is not allowed.
         """
         try:
-            raw = yaml.safe_load(path.read_text("utf-8"))
+            raw = parse_yaml(path.read_text("utf-8"))
         except OSError as error:
             raise InvalidConfig("config", str(path), f"a readable file ({error})") from error
         except yaml.YAMLError as error:
