@@ -17,7 +17,10 @@ console = Console()
 
 Data = Annotated[
     Path | None,
-    typer.Option(help="Text, JSONL or parquet files; default: the standard library's source."),
+    typer.Option(
+        help="Text, JSONL or parquet files; default: the recipe's stream, or the standard "
+        "library's source."
+    ),
 ]
 
 

@@ -23,10 +23,9 @@ class StreamedCorpus:
 
     Raises:
         InvalidConfig: there is no such dataset, configuration, split or file, or the extra is not
-            installed.
-        InvalidArgument: its rows have no text in `text_field`, or cannot be read; so do its
-            methods.
-        Unavailable: the hub cannot be reached; so do its methods.
+            installed. Its methods do too, where a file cannot be read.
+        InvalidArgument: its methods do, where a row has no text in `text_field`.
+        Unavailable: the hub cannot be reached; its methods do too.
     """
 
     def __init__(self, stream: StreamConfig, text_field: str, heldout_fraction: float) -> None:
