@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from colm_serve.core import PrefillCost, StepCost, TransferCost
 from colm_serve.errors import InvalidConfig
-from colm_serve.files import writing
+from colm_serve.files import write_atomically
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PerChain = tuple[Seconds, ...]
@@ -115,5 +115,4 @@ class WorkerCosts(_Frozen):
 
     def save(self, path: Path) -> None:
         """Raises WriteFailed, as on a full disk."""
-        with writing(path):
-            path.write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")

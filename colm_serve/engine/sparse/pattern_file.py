@@ -20,7 +20,7 @@ from typing import Any
 
 from colm_serve.engine.sparse.selectors import AShape, BlockSparse, Dense, Selector, VerticalSlash
 from colm_serve.errors import InvalidConfig
-from colm_serve.files import writing
+from colm_serve.files import write_atomically
 
 _TYPES = ("stream_llm", "vertical_and_slash", "block_sparse", "dense")
 _ENTRY = "[type, first, second, score]"
@@ -56,8 +56,7 @@ def save_patterns(path: Path, layers: Sequence[Sequence[HeadPattern]]) -> None:
         json.dumps({str(head): pattern.to_json() for head, pattern in enumerate(heads)})
         for heads in layers
     ]
-    with writing(path):
-        path.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
+    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def load_patterns(path: Path, num_layers: int, num_heads: int) -> list[list[HeadPattern]]:
