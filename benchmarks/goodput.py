@@ -29,12 +29,14 @@ from colm_serve.model.config import ColmConfig
 from colm_serve.simulate.command import with_policy
 from colm_serve.simulate.costs import WorkerCosts
 from colm_serve.simulate.outcomes import Figures
-from colm_serve.simulate.plots import HAS_MATPLOTLIB, NO_PLOTS, label_ticks, save_svg, show_shares
+from colm_serve.simulate.report import HAS_MATPLOTLIB, NO_PLOTS
 from colm_serve.simulate.simulation import Simulation
 from colm_serve.simulate.synthetic import SyntheticTrace
 
 if HAS_MATPLOTLIB:
     from matplotlib.figure import Figure
+
+    from colm_serve.simulate.plots import label_ticks, save_svg, show_shares
 
 MODEL = Path(__file__).parent.parent / "models" / "stdlib-air"
 ADAPTIVE = "adaptive"

@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 
 from colm_serve.simulate.command import run_simulation
-from colm_serve.simulate.plots import HAS_MATPLOTLIB, NO_PLOTS
-from colm_serve.simulate.report import outcome_table, write_outcome
+from colm_serve.simulate.report import HAS_MATPLOTLIB, NO_PLOTS, outcome_table, write_outcome
 
 console = Console()
 

@@ -1,24 +1,16 @@
-"""Plots of a simulation, where matplotlib is installed."""
+"""Plots of a simulation. Needs matplotlib, the extra `plots`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from colm_serve.simulate.outcomes import Outcome, joined_values
-
-try:
-    from matplotlib import rc_context
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, PercentFormatter
-except ImportError:
-    HAS_MATPLOTLIB = False
-else:
-    HAS_MATPLOTLIB = True
-
-NO_PLOTS = "no plots: matplotlib is not installed, see the extra 'plots'"
 
 
 def save_plots(outcome: Outcome, folder: Path) -> list[Path]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.table import Table
 
 from colm_serve.files import write_atomically
 from colm_serve.simulate.outcomes import PERCENTILES, Figures, Outcome
-from colm_serve.simulate.plots import HAS_MATPLOTLIB, save_plots
+
+HAS_MATPLOTLIB = find_spec("matplotlib") is not None
+NO_PLOTS = "no plots: matplotlib is not installed, see the extra 'plots'"
 
 
 def outcome_table(outcome: Outcome) -> Table:
@@ -57,4 +60,9 @@ def write_outcome(outcome: Outcome, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "outcome.json"
     write_atomically(path, json.dumps(outcome.as_json(), indent=2) + "\n")
-    return [path, *(save_plots(outcome, folder) if HAS_MATPLOTLIB else ())]
+    if not HAS_MATPLOTLIB:
+        return [path]
+    # It takes longer to import than most commands run.
+    from colm_serve.simulate.plots import save_plots
+
+    return [path, *save_plots(outcome, folder)]
