@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LocalLoad:
     """What computing here would cost: `num_queued_tokens` of other prompts come first.
 
@@ -34,7 +34,7 @@ class LocalLoad:
         return (waiting + max(1, self.num_rows) * num_tokens) / self.tokens_per_s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PrefillOffer:
     """What a prefill worker has said of itself, and its link's speed; None if not known yet."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from colm_serve.core import PrefillRequest
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class PrefillJob:
     """One prompt on its way through chain 1; the first `num_computed` tokens are through.
 

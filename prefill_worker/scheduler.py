@@ -24,7 +24,7 @@ from colm_serve.prefill_worker.pages import JobPages
 MAX_UNSENT_PASSES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScheduledChunk:
     """The next `num_tokens` tokens of a job, from its `num_computed` on."""
 

@@ -11,7 +11,7 @@ class WorkerKind(Enum):
     DECODE = "decode"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A live worker. The epoch is new for every process, so a restart is never mistaken.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from colm_serve.core.costs import PrefillCost, StepCost, TransferCost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DecodeStatus:
     """A decode worker's load; `num_running[k - 1]` counts the rows at level k.
 
@@ -35,7 +35,7 @@ class DecodeStatus:
     transfer_cost: TransferCost = field(default_factory=TransferCost)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PrefillStatus:
     """A prefill worker's load: `queued_s` is what its `num_queued_tokens` are predicted to take.
 

@@ -64,7 +64,7 @@ def _blocks(job: PrefillJob) -> tuple[Block, ...]:
     return job.request.blocks
 
 
-@dataclass
+@dataclass(slots=True)
 class _Delivery:
     """What a receiver waits for: the first `stop` tokens of its prompt."""
 

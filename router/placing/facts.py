@@ -50,7 +50,7 @@ class RequestFacts:
         return len(self.prompt) + min(self.max_tokens, state.status.expected_output_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where a request goes: a decode worker, prefill workers in order, a level."""
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from colm_serve.core import DecodeStatus, StepCost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """One request that this router has placed on a worker; it may be moved to `min_level`."""
 
@@ -29,7 +29,7 @@ class Work:
         return self.num_prompt_tokens + min(self.max_tokens, expected_output_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Load:
     """How many rows use each chain, and how many tokens these attend to.
 
@@ -79,6 +79,8 @@ class TokenTimes:
     Those whose level is not known are taken to run at that level too, and to be as long as the
     request. More rows than a step holds take turns.
     """
+
+    __slots__ = ("_fixed_s", "_token_s", "_without_s")
 
     def __init__(self, load: Load, cost: StepCost, max_rows: int) -> None:
         num_new = 1 + load.num_waiting

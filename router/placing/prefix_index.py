@@ -28,7 +28,7 @@ def block_hashes(tokens: Sequence[int], block_tokens: int, salt: str) -> tuple[i
     return tuple(hashes)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Worker:
     num_pages: int
     num_added: int = 0  # blocks that were new to it when they were added
