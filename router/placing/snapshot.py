@@ -69,16 +69,20 @@ class DecodeState:
     @lazy
     def lowered_times(self) -> TokenTimes:
         """What they take once all that this router has there runs at the lowest level it may."""
+        if not self.placed:
+            return self.times
         load = self.load.lowered(self.placed)
         return TokenTimes(load, self.status.step_cost, self.status.max_rows)
 
     def for_prompt(self, num_matched_tokens: int) -> DecodeState:
         """The same for a prompt of which so many tokens are believed to be cached there."""
         # These do not depend on the prompt, and are worked out once for many.
-        times, num_free_pages = self.times, self.num_free_pages
-        return _copy(
-            self, times=times, num_free_pages=num_free_pages, num_matched_tokens=num_matched_tokens
-        )
+        worked_out = {
+            "times": self.times,
+            "lowered_times": self.lowered_times,
+            "num_free_pages": self.num_free_pages,
+        }
+        return _copy(self, **worked_out, num_matched_tokens=num_matched_tokens)
 
 
 @dataclass
