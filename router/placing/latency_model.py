@@ -15,7 +15,7 @@ AIMED_TPOT_SHARE = 0.95
 #: Of what a row alone leaves of a limit: so much is filled before levels go down,
 UPPER_SHARE = 0.1
 #: and so much by requests of light classes; the rest is for heavier ones to come.
-LIGHT_SHARE = 0.5
+LIGHT_SHARE = 0.33
 
 
 class Prediction(NamedTuple):

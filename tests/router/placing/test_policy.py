@@ -156,7 +156,7 @@ def test_what_the_lowest_level_cannot_keep_is_refused_with_what_was_predicted() 
 
 
 def test_a_light_request_leaves_room_to_heavier_ones() -> None:
-    """Beside eight rows of level 1 a token takes 18 ms: of a limit of 20 ms they get 15."""
+    """Beside eight rows of level 1 a token takes 18 ms: of a limit of 20 ms they get 13."""
     busy = decode(num_running=(8, 0, 0), max_rows=32, tpot_s=0.021)
     light = facts(heavier_tpot_s=0.021)
     assert place(facts(), cluster(busy)).level == 1
