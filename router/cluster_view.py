@@ -190,12 +190,16 @@ class ClusterView:
         )
 
     def candidates(
-        self, prompt: Sequence[int], cache_salt: str, variant: str = ""
+        self,
+        prompt: Sequence[int],
+        cache_salt: str,
+        variant: str = "",
+        pace: int | None = None,
     ) -> ClusterSnapshot:
         """The workers to choose among for a prompt; see `placement`."""
         hashes = self._hashes(prompt, cache_salt)
         return ClusterSnapshot(
-            decode=self._decode[variant].candidates(hashes, self._draw),
+            decode=self._decode[variant].candidates(hashes, self._draw, pace),
             prefill=self._prefill.candidates(hashes, self._draw),
         )
 

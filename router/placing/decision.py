@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from colm_serve.errors import InvalidArgument, ResourceExhausted, Unavailable
 from colm_serve.router.cluster_view import ClusterView
+from colm_serve.router.placing.pace import pace_of
 from colm_serve.router.placing.policy import Placement, Policy, RequestFacts
 
 
@@ -12,7 +13,8 @@ def decide(policy: Policy, view: ClusterView, request: RequestFacts, cache_salt:
 
     Raises as `Policy` does, and only for what holds of every worker.
     """
-    candidates = view.candidates(request.prompt, cache_salt, request.variant)
+    pace = pace_of(request.tpot_s)
+    candidates = view.candidates(request.prompt, cache_salt, request.variant, pace)
     try:
         return policy(request, candidates)
     except (Unavailable, ResourceExhausted, InvalidArgument):

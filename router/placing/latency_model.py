@@ -13,7 +13,7 @@ AIMED_TTFT_SHARE = 0.9
 #: and less so of one time than of the mean of many.
 AIMED_TPOT_SHARE = 0.95
 #: Of what a row alone leaves of a limit: so much is filled before levels go down,
-UPPER_SHARE = 0.1
+UPPER_SHARE = 0.3
 #: and so much by requests of light classes; the rest is for heavier ones to come.
 LIGHT_SHARE = 0.33
 

@@ -114,11 +114,14 @@ class WorkerGroup(Generic[State]):
         """The worker has these blocks of a sequence, or will have them, from the first on."""
         self._index.add(worker, hashes)
 
-    def candidates(self, hashes: Sequence[int], draw: Draw) -> tuple[State, ...]:
+    def candidates(
+        self, hashes: Sequence[int], draw: Draw, pace: int | None = None
+    ) -> tuple[State, ...]:
         """The workers to choose among for a prompt of these blocks: all if they are few.
 
-        Else those that have most of the prompt, the least loaded of each pace, and random others,
-        so that several routers whose news is equally old do not all choose the same.
+        Else those that have most of the prompt, the least loaded of the request's pace and one of
+        each other, and random others, so that several routers whose news is equally old do not all
+        choose the same.
         """
         if not self._states:
             return ()
@@ -128,11 +131,10 @@ class WorkerGroup(Generic[State]):
             chosen = list(self._states)
         else:
             reachable: list[int] = [worker for worker in matches if worker in self._states]
-            least: list[int] = [
-                w for ranking in self._load.values() for w in ranking.least(NUM_LEAST_LOADED)
-            ]
+            own: list[int] = self._load[pace].least(NUM_LEAST_LOADED)
+            least: list[int] = [w for each in self._load.values() for w in each.least(1)]
             drawn: list[int] = [self._at(draw(num_workers)) for _ in range(NUM_RANDOM)]
-            chosen = [*reachable[:NUM_MATCHES], *least, *drawn]
+            chosen = [*reachable[:NUM_MATCHES], *own, *least, *drawn]
         return self._states_of(chosen, matches)
 
     def _at(self, position: int) -> int:
