@@ -73,7 +73,7 @@ def _idle(state: DecodeState) -> DecodeState:
         num_running=(0,) * state.status.num_levels,
         num_attended=(),
     )
-    return replace(state, status=status, outstanding=(), placed=(), tpot_s=None, outlook=None)
+    return replace(state, status=status, outstanding=(), placed=())
 
 
 def _empty(state: PrefillState) -> PrefillState:

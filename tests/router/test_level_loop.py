@@ -9,6 +9,7 @@ import pytest
 
 from colm_serve.client import Started, Token
 from colm_serve.config import RouterConfig, SlaClass
+from colm_serve.router.placing.outlook import Outlook
 from tests.router.cluster import ScriptedCluster, scripted_cluster
 from tests.router.scripted import Script
 
@@ -50,6 +51,27 @@ async def test_who_runs_goes_down_for_who_comes(tmp_path: Path) -> None:
         assert 'colm:level_moves_total{why="down"} 1.0' in metrics
         assert "colm:ttft_over_predicted_count 2.0" in metrics
         assert "colm:tpot_over_predicted_count 2.0" in metrics
+
+
+async def test_newcomers_are_told_what_those_that_run_leave_to_them(tmp_path: Path) -> None:
+    script = Script(hold_after=2)
+    async with scripted_cluster(tmp_path, script=script, sla_classes=CLASSES) as cluster:
+
+        def outlook() -> Outlook | None:
+            return cluster.router.view.snapshot().decode[0].outlook
+
+        assert outlook() is None
+        started: asyncio.Queue[str] = asyncio.Queue()
+        running = asyncio.create_task(levels(cluster, started, "chat"))
+        await started.get()
+        cluster.router._levels.move()
+        seen = outlook()
+        assert seen is not None
+        assert seen.tpot_s == 0.015
+        cluster.worker.resume.set()
+        await running
+        cluster.router._levels.move()
+        assert outlook() is None
 
 
 @pytest.mark.parametrize(

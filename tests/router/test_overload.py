@@ -13,6 +13,7 @@ from colm_serve.router.overload import (
     idle_level,
     retry_after_s,
 )
+from colm_serve.router.placing.outlook import Departures, Outlook
 from colm_serve.router.placing.policy import adaptive as policy
 from colm_serve.router.placing.snapshot import Work
 from tests.router.placing.test_policy import cluster, decode, facts, prefill
@@ -35,6 +36,8 @@ def test_the_idle_level_is_that_of_these_workers_without_work(
     work = Work(level=3, num_prompt_tokens=10, max_tokens=10, tpot_s=0.001)
     busy = decode(num_running=(8, 8, 8), num_waiting=9, num_free_pages=0, outstanding=(work,))
     request = facts(refused_by=frozenset({busy.member}), **request_changes)
+    outlook = Outlook(0.001, None, Departures([(1, 9.0)]))
+    assert idle_level(policy, request, cluster(replace(busy, outlook=outlook))) == level
     assert idle_level(policy, request, cluster(replace(busy, tpot_s=0.001))) == level
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from colm_serve.errors import InvalidConfig
+from colm_serve.router.placing.outlook import Outlook
 from colm_serve.simulate.command import with_policy
 from colm_serve.simulate.simulation import Simulation
 from colm_serve.simulate.synthetic import SyntheticTrace
@@ -126,6 +127,19 @@ def test_requests_are_moved_down_in_a_burst_and_up_after_it() -> None:
     fixed = Simulation(with_policy(config, "level-3"), COSTS).run(trace)
     assert (fixed.num_level_moves, fixed.tokens_by_level[:2]) == (0, (0, 0))
     assert moved.total.attainment > fixed.total.attainment
+
+
+def test_newcomers_are_told_what_those_that_run_leave_to_them() -> None:
+    simulation = Simulation(cluster_config(), COSTS)
+    seen: list[Outlook | None] = []
+
+    def look() -> None:
+        seen.extend(s.outlook for s in simulation._router._view.snapshot().decode)
+
+    for second in range(1, 4):
+        simulation.clock.at(second, look)
+    simulation.run(bursty(rate_per_s=100))
+    assert any(outlook and outlook.tpot_s == 0.012 for outlook in seen)
 
 
 def test_a_level_that_was_not_measured_is_refused() -> None:

@@ -66,6 +66,8 @@ class Worker:
         # The chain is only cheaper once nobody uses it.
         ([row("a", mean_limit_s=0.029), row("b")], {"a": 2, "b": 2}),
         ([row("a", mean_limit_s=0.025), row("b", min_level=3)], {"a": 1, "b": 3}),
+        # Two chains alone would be short enough, but not with the third, which stays in use.
+        ([row("a", mean_limit_s=0.0315, min_level=3), row("b", 2)], {"a": 3, "b": 1}),
         # There is no way; those that may are as low as they may.
         ([row("a", mean_limit_s=0.001, min_level=2), row("b")], {"a": 2, "b": 1}),
         # 30 ms would be short enough, but are more than 0.8 of what is allowed.

@@ -207,6 +207,8 @@ def test_what_runs_leaves_more_to_newcomers_once_it_ends() -> None:
         place(request, cluster(state))
     outlook = Outlook(math.inf, None, Departures([(14, 0.001)]))
     assert place(request, cluster(replace(state, outlook=outlook))).level == 1
+    with pytest.raises(ResourceExhausted):  # a strict one has come since then
+        place(facts(), cluster(replace(state, outlook=outlook, tpot_s=0.011)))
     tight = replace(outlook, limit_s=0.0109)
     with pytest.raises(ResourceExhausted):
         place(request, cluster(replace(state, outlook=tight)))
