@@ -2,7 +2,9 @@
 
     ColmError
     ├── InvalidArgument      the caller sent something that can never work
-    │   └── UnknownModel
+    │   ├── UnknownModel
+    │   ├── UnknownRequest   no such request is under way any more
+    │   └── RequestTooLarge  it is more than is looked at
     ├── InvalidConfig        a config file or model config is wrong
     ├── CheckpointError      a model folder is missing, truncated or foreign
     ├── WriteFailed          a file or folder cannot be written, as on a full disk
@@ -13,10 +15,20 @@
     │   └── RateLimited      a tenant has used up what it may have
     ├── Unavailable          the peer is gone or draining
     ├── DataLoss             bytes arrived damaged or not at all
-    └── DeadlineExceeded     a wait ran past its bound
+    ├── DeadlineExceeded     a wait ran past its bound
+    ├── RowFailed            one request's own computation failed; others go on
+    └── WorkerFailed         a worker failed at a request for a reason of its own
 
-The gRPC status of each is given in `transport.status`, the HTTP status in `router.http`.
+The gRPC status of each is given in `transport.status`, the HTTP status in `router.openai.errors`.
+What callers have sent stands in messages cut short, and as text that can be encoded.
 """
+
+import reprlib
+
+#: Of a value, and of a field's name, which may have keys of the caller's in it.
+MAX_SHOWN = 120
+#: Of a whole message; encoded, it has to fit into a call's trailing metadata.
+MAX_MESSAGE = 1_000
 
 
 class ColmError(Exception):
@@ -30,16 +42,21 @@ class InvalidArgument(ColmError):
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = f"{shown[:120]}… ({len(shown)} characters)"
-        super().__init__(f"{field}: {shown} is not allowed; allowed: {allowed}")
-        self.field = field
-        self.allowed = allowed
+        self.field = _encodable(field, MAX_SHOWN)
+        self.allowed = _encodable(allowed, MAX_MESSAGE)
+        super().__init__(f"{self.field}: {_shown(value)} is not allowed; allowed: {self.allowed}")
 
 
 class UnknownModel(InvalidArgument):
     """The `model` field names no model that this cluster serves."""
+
+
+class UnknownRequest(InvalidArgument):
+    """No such request is under way: it has ended, or is none of the caller's."""
+
+
+class RequestTooLarge(InvalidArgument):
+    """A field has more than the cluster's limits let it: nothing else was looked at."""
 
 
 class InvalidConfig(ColmError):
@@ -92,3 +109,49 @@ class DataLoss(ColmError):
 
 class DeadlineExceeded(ColmError):
     """A wait ran past its deadline."""
+
+
+class RowFailed(ColmError):
+    """A worker could not go on with one request: its scores were no numbers, its rules failed.
+
+    It would fail elsewhere too, and says nothing of the worker.
+    """
+
+
+class WorkerFailed(ColmError):
+    """A worker failed at a request for a reason of its own; another may serve it."""
+
+
+class _Repr(reprlib.Repr):
+    """Of large values only the beginning is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 8
+        self.maxother = MAX_SHOWN
+
+    def repr_str(self, x: str, level: int) -> str:
+        if len(x) <= MAX_SHOWN:
+            return repr(x)
+        return f"{x[:MAX_SHOWN]!r}… ({len(x)} characters)"
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x) if len(x) <= MAX_SHOWN else f"{x[:MAX_SHOWN]!r}… ({len(x)} bytes)"
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out those of over 4,300 digits.
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+def _shown(value: object) -> str:
+    """A value as messages show it, in time that does not grow with it."""
+    return _cut(_Repr().repr(value), 2 * MAX_SHOWN)
+
+
+def _encodable(text: str, most: int) -> str:
+    """At most `most` characters of a text, with lone surrogates written as escapes."""
+    return _cut(text, most).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

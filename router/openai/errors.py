@@ -14,15 +14,20 @@ from colm_serve.errors import (
     Incompatible,
     InvalidArgument,
     RateLimited,
+    RequestTooLarge,
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    UnknownRequest,
+    WorkerFailed,
 )
 
 #: The first that an error is an instance of: status, OpenAI's type, code.
 _KINDS: tuple[tuple[type[ColmError], int, str, str], ...] = (
     (UnknownModel, 404, "invalid_request_error", "model_not_found"),
+    (UnknownRequest, 404, "invalid_request_error", "request_not_found"),
+    (RequestTooLarge, 413, "invalid_request_error", "request_too_large"),
     (InvalidArgument, 400, "invalid_request_error", "invalid_value"),
     (Incompatible, 409, "conflict_error", "incompatible"),
     (Unauthenticated, 401, "authentication_error", "invalid_api_key"),
@@ -30,6 +35,7 @@ _KINDS: tuple[tuple[type[ColmError], int, str, str], ...] = (
     (ResourceExhausted, 429, "rate_limit_error", "overloaded"),
     (Unavailable, 503, "service_unavailable_error", "unavailable"),
     (DataLoss, 502, "api_error", "bad_gateway"),
+    (WorkerFailed, 502, "api_error", "bad_gateway"),
     (DeadlineExceeded, 504, "timeout_error", "deadline_exceeded"),
     (ColmError, 500, "api_error", "internal_error"),
 )

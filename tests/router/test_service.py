@@ -17,6 +17,7 @@ from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
 from colm_serve.router.request import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 from colm_serve.router.validation import DEFAULT_MAX_TOKENS, Validator
 from colm_serve.transport.channel import connect
+from colm_serve.transport.status import FIELD_KEY
 from tests.router.cluster import MAX_CONTEXT, MODEL, model_facts, scripted_cluster
 from tests.router.scripted import Script
 
@@ -105,7 +106,7 @@ async def test_bad_requests_name_the_field(tmp_path: Path) -> None:
                 await call.read()
             assert error.value.code() is code, fields
             assert (error.value.details() or "").startswith(field), error.value.details()
-            assert dict(error.value.trailing_metadata())["colm-field"] == field
+            assert dict(error.value.trailing_metadata())[FIELD_KEY] == field.encode()
         assert cluster.worker.requests == []
 
 
@@ -121,7 +122,7 @@ async def test_bytes_that_are_no_request(tmp_path: Path, raw: bytes) -> None:
             await call.read()
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "colm.v1.GenerateRequest" in (error.value.details() or "")
-        assert dict(error.value.trailing_metadata())["colm-field"] == "request"
+        assert dict(error.value.trailing_metadata())[FIELD_KEY] == b"request"
         assert cluster.router.num_running == 0
 
 

@@ -17,11 +17,15 @@ from colm_serve.errors import (
     InvalidArgument,
     InvalidConfig,
     RateLimited,
+    RequestTooLarge,
     ResourceExhausted,
+    RowFailed,
     TargetsMissed,
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    UnknownRequest,
+    WorkerFailed,
     WriteFailed,
 )
 from colm_serve.transport.channel import connect
@@ -35,6 +39,10 @@ CASES: list[tuple[ColmError, grpc.StatusCode, type[ColmError]]] = [
         InvalidArgument,
     ),
     (UnknownModel("model", "x", "y"), grpc.StatusCode.NOT_FOUND, UnknownModel),
+    (UnknownRequest("request_id", "x", "y"), grpc.StatusCode.NOT_FOUND, UnknownRequest),
+    (RequestTooLarge("prompt", "x", "y"), grpc.StatusCode.INVALID_ARGUMENT, RequestTooLarge),
+    (RowFailed("not a number"), grpc.StatusCode.INTERNAL, RowFailed),
+    (WorkerFailed("out of luck"), grpc.StatusCode.INTERNAL, WorkerFailed),
     (InvalidConfig("tls", None, "y"), grpc.StatusCode.FAILED_PRECONDITION, Incompatible),
     (CheckpointError("no file"), grpc.StatusCode.FAILED_PRECONDITION, Incompatible),
     (WriteFailed("full disk"), grpc.StatusCode.INTERNAL, ColmError),
@@ -83,6 +91,21 @@ async def test_the_field_of_an_invalid_argument_comes_back() -> None:
     back = from_rpc_error(await fail_with(InvalidArgument("sampling.top_p", 2, "at most 1")))
     assert isinstance(back, InvalidArgument)
     assert back.field == "sampling.top_p"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["schlüssel", "鍵", "🙂", "\0\n%", "\ud800", "x" * 9_000, "é" * 9_000],
+    ids=["latin", "han", "emoji", "control", "surrogate", "long", "long_latin"],
+)
+async def test_callers_texts_in_an_error_change_nothing_of_its_kind(key: str) -> None:
+    failed = await fail_with(InvalidArgument(f"schema.{key}", key, f"less of {key}"))
+    assert failed.code() is grpc.StatusCode.INVALID_ARGUMENT, failed.details()
+    back = from_rpc_error(failed)
+    assert isinstance(back, InvalidArgument)
+    assert back.field == InvalidArgument(f"schema.{key}", key, "").field
+    assert back.field.startswith("schema.")
+    assert "is not allowed; allowed: less of" in str(back) or len(key) == 9_000
 
 
 async def test_the_retry_time_comes_back() -> None:
