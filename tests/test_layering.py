@@ -15,7 +15,7 @@ PACKAGE = ROOT / "colm_serve"
 #: A group may import itself and the groups of the lines above its own.
 LAYERS = (
     {"proto", "kernels", "errors"},
-    {"files", "grammar", "json_file", "yaml_text"},
+    {"box", "files", "grammar", "json_file", "yaml_text"},
     {"config", "core"},
     {"kv", "latency"},
     {"model"},
