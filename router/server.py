@@ -26,6 +26,9 @@ from colm_serve.router.tokenizer import Tokenizer
 from colm_serve.transport.channel import bind, make_server
 from colm_serve.transport.health import add_health
 
+#: Connections that wait to be taken; as uvicorn's own.
+_BACKLOG = 2048
+
 
 def load_router(config: ClusterConfig) -> Router:
     """A router for the model folders that the config names; no weights are loaded.
@@ -147,8 +150,22 @@ def _http_config(router: Router, tls: TlsConfig | None) -> uvicorn.Config:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is any free one. Raises OSError when the port is taken."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(address[:2], family=family)
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+    )[0]
+    # Connections inherit the protocol, and where it is not said, asyncio does not set TCP_NODELAY:
+    # each answer to a client that keeps its connection then waits 40 ms for the client's ACK.
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _raise(update: Future[None]) -> None:
