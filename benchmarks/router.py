@@ -20,7 +20,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
@@ -89,10 +89,8 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
     ) -> decode_pb2.DecodeStatus:
         return serde.decode_status_to_proto(decode_status("worker"))
 
-    async def Decode(
-        self, request_iterator: AsyncIterator[decode_pb2.DecodeControl], context: Any
-    ) -> None:
-        serde.decode_start_from_proto(await anext(aiter(request_iterator)))
+    async def Decode(self, request: decode_pb2.DecodeStart, context: Any) -> None:
+        serde.decode_start_from_proto(request)
         for event in (
             Admitted(0),
             DecodedToken(5, 4),
@@ -212,8 +210,8 @@ async def straight_s(channel: grpc.aio.Channel, prompt: tuple[int, ...]) -> floa
     request = DecodeRequest("r", prompt, 4, SamplingParams(max_tokens=1), (), KV_IDENTITY)
     begin = time.perf_counter()
     ttft_s = None
-    call = decode_pb2_grpc.DecodeServiceStub(channel).Decode()
-    await call.write(serde.decode_start_to_proto(request))
+    stub: Any = decode_pb2_grpc.DecodeServiceStub(channel)
+    call = stub.Decode(serde.decode_start_to_proto(request))
     async for message in call:
         if isinstance(serde.decode_event_from_proto(message), DecodedToken):
             ttft_s = time.perf_counter() - begin

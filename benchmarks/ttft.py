@@ -139,9 +139,9 @@ class Client:
         request = DecodeRequest("r", self._prompt(num_tokens), LEVEL, GREEDY, peers, identity)
         async with connect(decode.address, None) as channel:
             await channel.channel_ready()
-            call = decode_pb2_grpc.DecodeServiceStub(channel).Decode()
+            stub: Any = decode_pb2_grpc.DecodeServiceStub(channel)
             cpu_s, begin = decode.cpu_s(), time.perf_counter()
-            await call.write(serde.decode_start_to_proto(request))
+            call = stub.Decode(serde.decode_start_to_proto(request))
             async for message in call:
                 if isinstance(serde.decode_event_from_proto(message), DecodedToken):
                     return time.perf_counter() - begin, decode.cpu_s() - cpu_s

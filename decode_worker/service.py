@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import grpc.aio
 
 from colm_serve.config import DecodeConfig, TlsConfig
+from colm_serve.core import DecodeRequest
 from colm_serve.decode_worker.grammars import GrammarQueue
 from colm_serve.decode_worker.prefill_planner import PrefillPlanner
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.session import DecodeSession
 from colm_serve.decode_worker.worker import DecodeWorker
-from colm_serve.errors import ColmError, DeadlineExceeded, InvalidArgument
+from colm_serve.errors import ColmError, DeadlineExceeded, UnknownRequest
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc
 from colm_serve.transport import serde
 from colm_serve.transport.channel import bind, make_server
@@ -24,7 +25,6 @@ from colm_serve.transport.channel_cache import ChannelCache
 from colm_serve.transport.health import add_health
 from colm_serve.transport.status import abort
 
-_Controls = AsyncIterator[decode_pb2.DecodeControl]
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -37,6 +37,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._worker = worker
         self._config = config
         self._tls = tls
+        self._sessions: dict[str, DecodeSession] = {}
         self.address = ""
 
     async def start(self) -> None:
@@ -74,40 +75,46 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         status = replace(self._worker.status(), transfer_cost=self._planner.transfer_cost)
         return serde.decode_status_to_proto(status)
 
-    async def Decode(self, request_iterator: _Controls, context: _Context) -> None:
-        controls: asyncio.Task[None] | None = None
+    async def Decode(self, request: decode_pb2.DecodeStart, context: _Context) -> None:
         try:
             async with asyncio.timeout(self._config.max_request_s):
-                session = await self._open(request_iterator)
-                async with aclosing(session.events()) as events:
-                    async for event in events:
-                        await context.write(serde.decode_event_to_proto(event))
-                        if controls is None:
-                            controls = asyncio.create_task(self._obey(request_iterator, session))
+                with self._opened(serde.decode_start_from_proto(request)) as session:
+                    async with aclosing(session.events()) as events:
+                        async for event in events:
+                            await context.write(serde.decode_event_to_proto(event))
         except TimeoutError:
             late = DeadlineExceeded(f"not done within max_request_s: {self._config.max_request_s}")
             await abort(context, late)
         except ColmError as error:
             await abort(context, error)
-        finally:
-            if controls is not None:
-                controls.cancel()
 
-    async def _open(self, controls: _Controls) -> DecodeSession:
-        async for message in controls:
-            request = serde.decode_start_from_proto(message)
-            return DecodeSession(
-                self._worker,
-                self._fetcher,
-                self._grammars,
-                request,
-                self._config.local_prefill_tokens,
-            )
-        raise InvalidArgument("control", "an empty stream", "start, as the first message")
-
-    async def _obey(self, controls: _Controls, session: DecodeSession) -> None:
+    async def MoveLevel(
+        self, request: decode_pb2.MoveLevelRequest, context: _Context
+    ) -> decode_pb2.MoveLevelResponse:
+        move = serde.move_level_from_proto(request)
         try:
-            async for message in controls:
-                session.move_level(serde.move_level_from_proto(message).level)
+            session = self._sessions.get(move.request_id)
+            if session is None:
+                allowed = "the id of a request under way here"
+                raise UnknownRequest("request_id", move.request_id, allowed)
+            session.move_level(move.level)
         except ColmError as error:
-            session.fail(error)
+            await abort(context, error)
+        return decode_pb2.MoveLevelResponse()
+
+    @contextmanager
+    def _opened(self, request: DecodeRequest) -> Iterator[DecodeSession]:
+        session = DecodeSession(
+            self._worker,
+            self._fetcher,
+            self._grammars,
+            request,
+            self._config.local_prefill_tokens,
+        )
+        self._sessions[request.request_id] = session
+        try:
+            yield session
+        finally:
+            # A router may have come back with the request before its first call has ended here.
+            if self._sessions.get(request.request_id) is session:
+                del self._sessions[request.request_id]

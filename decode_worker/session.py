@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from colm_serve.core import (
     Admitted,
@@ -43,13 +44,17 @@ class DecodeSession:
         self._sequence: Sequence | None = None
 
     def move_level(self, level: int) -> None:
-        """Make the tokens at another level from the next step on; InvalidArgument if none such."""
-        if self._sequence is not None:
-            self._worker.move_level(self._sequence, level)
+        """Make the tokens at another level from the next step on.
 
-    def fail(self, error: ColmError) -> None:
-        """End the request with `error`."""
-        self._progress.put_nowait(error)
+        Raises:
+            InvalidArgument: there is no such level.
+            UnknownRequest: its last token has been made.
+        """
+        if self._sequence is None:
+            self._worker.check_level(level)
+            self._request = replace(self._request, level=level)
+        else:
+            self._worker.move_level(self._sequence, level)
 
     async def events(self) -> AsyncGenerator[DecodeEvent]:
         """Admitted, the prompt's scores if wanted, the tokens, Decoded.

@@ -35,7 +35,7 @@ from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.sampler import Run, Sampled, logprobs_of
 from colm_serve.engine.step import Segment, run_pass
 from colm_serve.engine.step_cost import measure_step_cost
-from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
+from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable, UnknownRequest
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
 from colm_serve.model.checkpoint import LoadedModel
@@ -153,14 +153,23 @@ class DecodeWorker:
                 self._sinks[sequence](PromptComplete())
             self._compute.lock.notify()
 
+    def check_level(self, level: int) -> None:
+        """Raise InvalidArgument unless the model has the level."""
+        if not 1 <= level <= self._model.num_chains:
+            raise InvalidArgument("level", level, f"1 to {self._model.num_chains}")
+
     def move_level(self, sequence: Sequence, level: int) -> None:
         """Make the sequence's tokens at `level` from its next step on.
 
         Raises:
             InvalidArgument: no such level.
+            UnknownRequest: it has ended.
         """
-        self._check_level(level)
+        self.check_level(level)
         with self._compute.lock:
+            if sequence.stage is Stage.FINISHED:
+                allowed = "the id of a request that goes on"
+                raise UnknownRequest("request_id", sequence.request.request_id, allowed)
             sequence.level = level
 
     def release(self, sequence: Sequence) -> None:
@@ -227,7 +236,7 @@ class DecodeWorker:
             raise Unavailable(
                 f"{self._worker_id} decodes for variant {self._variant!r}, not {request.variant!r}"
             )
-        self._check_level(request.level)
+        self.check_level(request.level)
         config = self._model.config
         if not request.prompt:
             raise InvalidArgument("prompt_token_ids", "no tokens", "at least 1 token")
@@ -242,10 +251,6 @@ class DecodeWorker:
         if num_tokens > config.max_context:
             shown = f"prompt + max_tokens = {num_tokens}"
             raise InvalidArgument("max_tokens", shown, f"together up to {config.max_context}")
-
-    def _check_level(self, level: int) -> None:
-        if not 1 <= level <= self._model.num_chains:
-            raise InvalidArgument("level", level, f"1 to {self._model.num_chains}")
 
     def _take_turn(self) -> None:
         begin = time.perf_counter()

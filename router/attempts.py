@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from colm_serve.core import Admitted, Decoded, DecodedToken, FinishReason, ScoredPrompt
 from colm_serve.errors import (
     ColmError,
     DataLoss,
     DeadlineExceeded,
+    InvalidArgument,
     ResourceExhausted,
+    RowFailed,
     Unavailable,
+    UnknownRequest,
 )
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.failover import Failover
@@ -44,7 +47,9 @@ class Attempts:
                             self._failover.succeeded(placement)
                         yield event
                 return
-            except (Unavailable, DataLoss, ResourceExhausted) as error:
+            except (InvalidArgument, DeadlineExceeded, RowFailed):
+                raise  # Another worker would do the same.
+            except ColmError as error:
                 await self._failover.failed(running, placement, error)
         # The worker was gone after the last token, before it could say that it was the last.
         yield running.finished(reason, None)
@@ -54,16 +59,21 @@ class Attempts:
     ) -> AsyncGenerator[GenerationEvent, None]:
         """One Decode call; raises what ended it, unless the request has come to its end."""
         request, work = running.placed(placement)
-        call = running.call = self._clients.decode(placement.decode, running.remaining_s)
+        timeout_s = running.remaining_s
+        call = running.call = self._clients.decode(placement.decode, request, timeout_s)
         self._view.place(running.request_id, placement, work, request.prompt, request.cache_salt)
         has_prompt = False
         try:
-            async with aclosing(call.events(request)) as events:
+            async with aclosing(call.events()) as events:
                 async for event in events:
                     match event:
                         case Admitted():
                             self._view.admitted(running.request_id, placement)
-                            if (started := running.admitted(event)) is not None:
+                            started = running.admitted(event)
+                            if running.level != placement.level:
+                                with suppress(UnknownRequest):
+                                    await running.send_level()
+                            if started is not None:
                                 yield started
                         case ScoredPrompt():
                             yield running.output.scored(event)

@@ -6,8 +6,10 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 
 from colm_serve.core import DecodeStatus, Member
+from colm_serve.errors import UnknownRequest
 from colm_serve.router.cluster_view import ClusterView
 from colm_serve.router.lifecycle import Clock
 from colm_serve.router.metrics import Metrics
@@ -82,7 +84,12 @@ class LevelLoop:
         logger.debug("request %s: to level %d", move.request_id, move.level)
         self._metrics.level_moved("up" if move.is_up else "down")
         self._view.move(move.request_id, member, move.level)
-        # A worker that does not read holds up nobody else's moves.
-        sending = asyncio.create_task(request.move_level(move.level))
+        request.move_level(move.level)
+        # A worker that does not answer holds up nobody else's moves.
+        sending = asyncio.create_task(self._send(request))
         self._sending.add(sending)
         sending.add_done_callback(self._sending.discard)
+
+    async def _send(self, request: RunningRequest) -> None:
+        with suppress(UnknownRequest):
+            await request.send_level()

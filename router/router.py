@@ -11,7 +11,7 @@ from functools import partial
 
 from colm_serve.config import ClusterConfig
 from colm_serve.core import Membership
-from colm_serve.errors import ColmError, InvalidArgument
+from colm_serve.errors import ColmError, InvalidArgument, UnknownRequest
 from colm_serve.router.admission import Admission
 from colm_serve.router.attempts import Attempts
 from colm_serve.router.cluster_status import ClusterStatus, cluster_status
@@ -162,15 +162,17 @@ class Router:
         """Move a running request to another level from its next token on.
 
         Raises:
-            InvalidArgument: the tenant has no such request under way, or the model no such level.
+            InvalidArgument: the request's class has no such level.
+            UnknownRequest: the tenant has no such request under way, or it has just ended.
         """
         running = self._running.get(request_id)
         if running is None or running.tenant != tenant:
-            raise InvalidArgument("request_id", request_id, "the id of a request under way")
-        self._served[running.model_name].validator.check_level("level", level)
-        await running.set_level(level)
+            raise UnknownRequest("request_id", request_id, "the id of a request under way")
+        self._served[running.model_name].validator.check_level(level, running.checked.sla_class)
+        running.set_level(level)
         if running.worker is not None:
             self.view.move(request_id, running.worker, level, is_pinned=True)
+        await running.send_level()
         self._metrics.level_moved("client")
 
     @property

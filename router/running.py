@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from dataclasses import replace
 
 from colm_serve.core import (
@@ -14,6 +16,7 @@ from colm_serve.core import (
     PrefillPeer,
     StageTimings,
 )
+from colm_serve.errors import ColmError, UnknownRequest
 from colm_serve.router.lifecycle import Lifecycle, Stage
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.output import Output
@@ -26,6 +29,8 @@ from colm_serve.router.request import Finished, Started, Token, Usage
 from colm_serve.router.tenants import ANYBODY, Tenant
 from colm_serve.router.validation import CheckedRequest
 from colm_serve.router.worker_client import DecodeCall
+
+logger = logging.getLogger(__name__)
 
 
 class RunningRequest:
@@ -56,6 +61,7 @@ class RunningRequest:
         self._model = model
         self._level: int | None = None
         self._is_level_set = False
+        self._sending_level = asyncio.Lock()
         self._num_cached = 0
 
     @property
@@ -186,19 +192,47 @@ class RunningRequest:
             weight=checked.weight,
         )
 
-    async def move_level(self, level: int) -> None:
-        """Go to a level from the next token on, until it is moved again.
+    @property
+    def level(self) -> int | None:
+        """That of its next token, unless it is at a standby; None before it has been placed."""
+        return self._level
+
+    def move_level(self, level: int) -> None:
+        """Be at a level until moved again; `send_level` tells the worker of it.
 
         A standby has level 1 only: the level is then that of the next decode worker.
         """
         self._level = level
-        if self.call is not None and not self._is_on_standby:
-            await self.call.move_level(level)
 
-    async def set_level(self, level: int) -> None:
-        """Go to a level from the next token on, and keep it through any failover."""
+    def set_level(self, level: int) -> None:
+        """Be at a level, through any failover: only its client moves it again."""
         self._is_level_set = True
-        await self.move_level(level)
+        self._level = level
+
+    async def send_level(self) -> None:
+        """Have the worker make tokens at the level of now, whichever was to be sent before.
+
+        One that cannot be told is about to be left; the next worker then has the level from the
+        beginning.
+
+        Raises:
+            UnknownRequest: the last token has been made.
+        """
+        async with self._sending_level:
+            level = self._level
+            if self.call is None or level is None or not self._is_movable:
+                return
+            try:
+                await self.call.move_level(level)
+            except UnknownRequest:
+                raise
+            except ColmError as error:
+                logger.info("request %s: not told of level %d: %s", self.request_id, level, error)
+
+    @property
+    def _is_movable(self) -> bool:
+        """Whether its worker knows it, and has other levels."""
+        return self._is_admitted and not self._is_on_standby
 
     def admitted(self, event: Admitted) -> Started | None:
         """The first admission is the client's start; later ones it never hears of."""

@@ -115,10 +115,11 @@ class Validator:
             cache_salt=request.cache_salt,
         )
 
-    def check_level(self, field: str, level: int) -> None:
-        """Raise InvalidArgument unless the model has the level."""
-        if not 1 <= level <= self._model.num_levels:
-            raise InvalidArgument(field, level, f"1 to {self._model.num_levels}")
+    def check_level(self, level: int, sla_class: str) -> None:
+        """Raise InvalidArgument unless requests of the class may be at the level."""
+        low, high = self._levels_of(self._sla_classes[sla_class])
+        if not low <= level <= high:
+            raise InvalidArgument("level", level, f"{low} to {high}")
 
     def _sla_class(self, name: str | None, own: Sequence[str]) -> str:
         if name is None:
@@ -130,10 +131,7 @@ class Validator:
 
     def _levels(self, request: GenerationRequest, sla: SlaClass) -> tuple[int, int]:
         """The class's bounds, narrowed by the request's own."""
-        low, high = (
-            sla.min_level,
-            min(sla.max_level or self._model.num_levels, self._model.num_levels),
-        )
+        low, high = self._levels_of(sla)
         asked = {
             "level": request.level,
             "min_level": request.min_level,
@@ -151,6 +149,10 @@ class Validator:
         if low > high:
             raise InvalidArgument("min_level", low, f"at most max_level, {high}")
         return low, high
+
+    def _levels_of(self, sla: SlaClass) -> tuple[int, int]:
+        num_levels = self._model.num_levels
+        return sla.min_level, min(sla.max_level or num_levels, num_levels)
 
     async def _encode(self, request: GenerationRequest) -> tuple[int, ...]:
         match request.prompt:

@@ -19,13 +19,16 @@ from colm_serve.core import (
     PrefillStatus,
     WorkerKind,
 )
-from colm_serve.errors import ColmError, DataLoss, InvalidArgument, Unavailable
+from colm_serve.errors import ColmError, DataLoss, InvalidArgument, Unavailable, WorkerFailed
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from colm_serve.transport import serde
 from colm_serve.transport.channel import connect
 from colm_serve.transport.status import from_rpc_error
 
-_Call = grpc.aio.StreamStreamCall[decode_pb2.DecodeControl, decode_pb2.DecodeEvent]
+_Call = grpc.aio.UnaryStreamCall[decode_pb2.DecodeStart, decode_pb2.DecodeEvent]
+
+#: A worker that takes longer to move a request is as good as gone; its stream tells.
+MOVE_TIMEOUT_S = 2.0
 
 
 class WorkerClients:
@@ -53,11 +56,13 @@ class WorkerClients:
                 await prefill.GetStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
             )
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise _why_failed(error, member) from error
 
-    def decode(self, member: Member, timeout_s: float) -> DecodeCall:
-        """Open a Decode stream; it begins with `DecodeCall.events`."""
-        return DecodeCall(self._connection(member).decode.Decode(timeout=timeout_s), member)
+    def decode(self, member: Member, request: DecodeRequest, timeout_s: float) -> DecodeCall:
+        """Open a Decode stream."""
+        stub = self._connection(member).decode
+        call = stub.Decode(serde.decode_start_to_proto(request), timeout=timeout_s)
+        return DecodeCall(call, stub, member, request.request_id)
 
     async def close(self, member: Member) -> None:
         """Close a worker's channel; calls under way there fail with Unavailable."""
@@ -88,18 +93,18 @@ class _Connection(NamedTuple):
 class DecodeCall:
     """One Decode stream. `cancel` it when done with it: that frees its pages."""
 
-    def __init__(self, call: _Call, member: Member) -> None:
+    def __init__(self, call: _Call, stub: Any, member: Member, request_id: str) -> None:
         self._call = call
+        self._stub = stub
         self._member = member
-        self._writing = asyncio.Lock()
+        self._request_id = request_id
 
-    async def events(self, request: DecodeRequest) -> AsyncGenerator[DecodeEvent, None]:
-        """Start the request and yield its events until the worker ends the stream.
+    async def events(self) -> AsyncGenerator[DecodeEvent, None]:
+        """The request's events until the worker ends the stream.
 
         Raises:
             ColmError: what the worker or the connection failed with.
         """
-        await self._write(serde.decode_start_to_proto(request))
         first = await self._read()
         if first is None:
             return
@@ -116,8 +121,19 @@ class DecodeCall:
             reading.cancel()
 
     async def move_level(self, level: int) -> None:
-        """Ask for another level; without effect when the request has ended."""
-        await self._write(serde.move_level_to_proto(MoveLevel(level)))
+        """Have the request's tokens made at another level.
+
+        Raises:
+            UnknownRequest: it has ended there.
+            ColmError: the worker or the connection failed, or took too long.
+        """
+        move = serde.move_level_to_proto(MoveLevel(self._request_id, level))
+        try:
+            await self._stub.MoveLevel(move, timeout=MOVE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _why_failed(error, self._member) from error
+        except asyncio.CancelledError as error:
+            raise _why_cancelled(error, self._member) from error
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -132,25 +148,24 @@ class DecodeCall:
         try:
             message = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise _why_failed(error, self._member) from error
         except asyncio.CancelledError as error:
             raise _why_cancelled(error, self._member) from error
         return message if isinstance(message, decode_pb2.DecodeEvent) else None
-
-    async def _write(self, message: decode_pb2.DecodeControl) -> None:
-        async with self._writing:
-            try:
-                await self._call.write(message)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                return  # The call has ended; reading tells why.
-            except asyncio.CancelledError as error:
-                raise _why_cancelled(error, self._member) from error
 
 
 def _note_failure(reading: asyncio.Task[decode_pb2.DecodeEvent | None]) -> None:
     """Nobody may be left to hear of it, which asyncio would complain of."""
     if not reading.cancelled():
         reading.exception()
+
+
+def _why_failed(error: grpc.aio.AioRpcError, member: Member) -> ColmError:
+    """INTERNAL, UNKNOWN and the like say nothing of the request: the worker has failed."""
+    ours = from_rpc_error(error)
+    if type(ours) is ColmError:
+        return WorkerFailed(f"{member.worker_id}: {error.code().name}: {ours}")
+    return ours
 
 
 def _why_cancelled(error: asyncio.CancelledError, member: Member) -> BaseException:

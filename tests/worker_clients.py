@@ -88,20 +88,18 @@ class Generation:
 class DecodeStream:
     """One open Decode call."""
 
-    def __init__(
-        self, call: grpc.aio.StreamStreamCall[decode_pb2.DecodeControl, decode_pb2.DecodeEvent]
-    ) -> None:
-        self.call = call
+    def __init__(self, stub: decode_pb2_grpc.DecodeServiceStub, message: decode_pb2.DecodeStart):
+        self._stub = stub
+        self._request_id = message.request_id
+        self.call: grpc.aio.UnaryStreamCall[Any, Any] = stub.Decode(message)
         self.got = Generation()
 
-    async def send(self, control: decode_pb2.DecodeControl) -> None:
+    async def move_level(self, level: int) -> None:
+        message = serde.move_level_to_proto(MoveLevel(self._request_id, level))
         try:
-            await self.call.write(control)
+            await self._stub.MoveLevel(message, timeout=10)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
-
-    async def move_level(self, level: int) -> None:
-        await self.send(serde.move_level_to_proto(MoveLevel(level)))
 
     async def next(self) -> DecodeEvent | None:
         """The next event, None at the end; a failed call raises the error of our tree."""
@@ -150,10 +148,7 @@ class DecodeClient:
         return DecodeRequest(request_id, prompt, level, sampling, peers, self.kv_identity)
 
     async def open(self, request: DecodeRequest) -> DecodeStream:
-        call = self.stub.Decode()
-        stream = DecodeStream(call)
-        await stream.send(serde.decode_start_to_proto(request))
-        return stream
+        return DecodeStream(self.stub, serde.decode_start_to_proto(request))
 
     async def generate(
         self,

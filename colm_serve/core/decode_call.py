@@ -42,6 +42,7 @@ class DecodeRequest:
 class MoveLevel:
     """Make the tokens of a running request at another level from its next step on."""
 
+    request_id: str
     level: int
 
 

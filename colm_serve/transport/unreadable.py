@@ -21,8 +21,8 @@ _Read = Callable[[bytes], Any]
 class RefuseUnreadable(grpc.aio.ServerInterceptor):
     """Answers them with INVALID_ARGUMENT, where gRPC of itself says UNKNOWN.
 
-    Methods are coroutine functions that write their responses; those with streams of requests get
-    InvalidArgument raised where they read.
+    Methods are coroutine functions that write their responses. Those that take streams of requests,
+    such as reflection's, are left as they are: none is ours.
     """
 
     def __init__(self) -> None:
@@ -45,12 +45,8 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):
 
 def _refusing(handler: _Handler) -> _Handler:
     read = handler.request_deserializer
-    if read is None:
+    if read is None or handler.request_streaming:
         return handler
-    if handler.stream_stream is not None:
-        return grpc.stream_stream_rpc_method_handler(
-            handler.stream_stream, _raising(read), handler.response_serializer
-        )
     if handler.unary_stream is not None:
         return grpc.unary_stream_rpc_method_handler(
             _aborting(handler.unary_stream), _returning(read), handler.response_serializer
@@ -61,25 +57,14 @@ def _refusing(handler: _Handler) -> _Handler:
     )
 
 
-def _raising(read: _Read) -> _Read:
-    def read_or_raise(data: bytes) -> Any:
-        try:
-            return read(data)
-        except DecodeError as error:
-            raise InvalidArgument("request", data, f"a message that parses ({error})") from error
-
-    return read_or_raise
-
-
 def _returning(read: _Read) -> _Read:
     """What reading raises before a method is called, gRPC does not let anybody catch."""
-    read_or_raise = _raising(read)
 
     def read_or_return(data: bytes) -> Any:
         try:
-            return read_or_raise(data)
-        except InvalidArgument as error:
-            return error
+            return read(data)
+        except DecodeError as error:
+            return InvalidArgument("request", data, f"a message that parses ({error})")
 
     return read_or_return
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -17,7 +18,7 @@ from colm_serve.decode_worker.grammars import GrammarQueue
 from colm_serve.decode_worker.prefill_planner import PrefillPlanner
 from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.session import DecodeSession
-from colm_serve.errors import ResourceExhausted
+from colm_serve.errors import ResourceExhausted, UnknownRequest
 from colm_serve.transport.channel_cache import ChannelCache
 from tests.helpers import (
     GREEDY,
@@ -63,7 +64,8 @@ class Workload:
                 async for event in session.events():
                     got.take(event)
                     if (level := self.moves.get(len(got.tokens))) is not None:
-                        session.move_level(level)
+                        with suppress(UnknownRequest):  # It may be the last token.
+                            session.move_level(level)
                 return got
             except ResourceExhausted:
                 await asyncio.sleep(0.01)

@@ -28,6 +28,7 @@ from colm_serve.errors import (
     InvalidArgument,
     ResourceExhausted,
     Unavailable,
+    UnknownRequest,
 )
 from colm_serve.prefill_worker.job import PrefillJob
 from colm_serve.prefill_worker.worker import PrefillWorker
@@ -218,57 +219,52 @@ async def test_bad_requests_are_named_and_disturb_no_neighbour(folder: Path) -> 
             await _is_refused(c.decode, serde.decode_start_to_proto(request), kind, field)
         for name, value in (("temperature", 2.5), ("top_p", 0.0), ("top_k", -1), ("max_tokens", 0)):
             message = serde.decode_start_to_proto(c.decode.request(prompt))
-            setattr(message.start.sampling, name, value)
+            setattr(message.sampling, name, value)
             await _is_refused(c.decode, message, InvalidArgument, name)
-        await _is_refused(c.decode, decode_pb2.DecodeControl(), InvalidArgument, "control")
+        await _is_refused(c.decode, decode_pb2.DecodeStart(), InvalidArgument, "sampling")
         step.release(100_000)
         got = await neighbour.rest()
     assert got.tokens == generate_alone(folder, prompt, [3] * 60)
 
 
 async def _is_refused(
-    client: DecodeClient, message: decode_pb2.DecodeControl, kind: type[ColmError], field: str
+    client: DecodeClient, message: decode_pb2.DecodeStart, kind: type[ColmError], field: str
 ) -> None:
-    stream = DecodeStream(client.stub.Decode())
-    await stream.send(message)
+    stream = DecodeStream(client.stub, message)
     with pytest.raises(kind, match=field) as caught:
         await stream.next()
     if isinstance(caught.value, InvalidArgument):
-        assert caught.value.field == field
+        assert field in caught.value.field
 
 
-async def test_a_bad_move_ends_its_own_stream_only(folder: Path, gate: Gate) -> None:
+async def test_a_bad_move_is_refused_and_disturbs_no_stream(folder: Path, gate: Gate) -> None:
     prompt = make_prompt(30)
     async with cluster(folder, before_block=gate) as c:
-        request = c.decode.request(prompt, 2, with_tokens(GREEDY, 20), c.prefill)
-        neighbour, bad = await c.decode.open(request), await c.decode.open(request)
-        assert await bad.next() is not None, "admitted"
-        await bad.move_level(4)
+        stream = await c.decode.open(
+            c.decode.request(prompt, 2, with_tokens(GREEDY, 20), c.prefill)
+        )
+        assert await stream.next() is not None, "admitted"
         with pytest.raises(InvalidArgument, match="level: 4 is not allowed; allowed: 1 to 3"):
-            await bad.rest()
-        again = await c.decode.open(request)
-        assert await again.next() is not None
-        await again.send(serde.decode_start_to_proto(request))
-        with pytest.raises(InvalidArgument, match="control"):
-            await again.rest()
+            await stream.move_level(4)
         gate.is_open.set()
-        assert (await neighbour.rest()).tokens == generate_alone(folder, prompt, [2] * 20)
+        assert (await stream.rest()).tokens == generate_alone(folder, prompt, [2] * 20)
 
 
-async def test_a_stream_that_ends_before_its_start_is_refused(folder: Path) -> None:
+async def test_a_request_that_has_ended_is_not_found(folder: Path) -> None:
     async with cluster(folder) as c:
-        stream = DecodeStream(c.decode.stub.Decode())
-        await stream.call.done_writing()
-        with pytest.raises(InvalidArgument, match="an empty stream"):
-            await stream.next()
+        stream = await c.decode.open(c.decode.request(make_prompt(20), 2, GREEDY, c.prefill))
+        await stream.rest()
+        with pytest.raises(UnknownRequest):
+            await stream.move_level(1)
 
 
-async def test_closing_the_control_side_does_not_end_the_request(folder: Path) -> None:
-    prompt = make_prompt(20)
+async def test_a_request_whose_reader_has_not_seen_its_end_is_not_found(folder: Path) -> None:
     async with cluster(folder) as c:
-        stream = await c.decode.open(c.decode.request(prompt, 2, GREEDY, c.prefill))
-        await stream.call.done_writing()
-        assert (await stream.rest()).tokens == generate_alone(folder, prompt, [2] * 8)
+        stream = await c.decode.open(c.decode.request(make_prompt(20), 2, GREEDY, c.prefill))
+        await eventually(c.decode.is_idle, "its last token")
+        with pytest.raises(UnknownRequest):
+            await stream.move_level(1)
+        assert len((await stream.rest()).tokens) == 8
 
 
 async def test_without_pages_a_request_is_refused_at_once_and_taken_later(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,9 +27,11 @@ from colm_serve.core import (
     TokenLogprob,
     WorkerKind,
 )
+from colm_serve.errors import ColmError, UnknownRequest
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from colm_serve.transport import serde
 from colm_serve.transport.channel import bind, make_server
+from colm_serve.transport.status import abort
 
 KV_IDENTITY = "scripted"
 NUM_LEVELS = 3
@@ -70,12 +72,16 @@ class Script:
     retry_after_ms: int = 1000
     fail_after: int | None = None  # fail each stream after this many tokens
     fail_with: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
+    fail_with_error: ColmError | None = None  # instead of `fail_with`
+    holds_start: bool = False  # wait for `may_admit` before admitting
     hold_after: int | None = None  # wait for `resume` after this many tokens
     end_of_text_at: int | None = None
     finishes: bool = True  # False: fails between the last token and Decoded
     text: tuple[int, ...] = ()  # say these tokens first
     hangs: bool = False  # never answers GetStatus
     num_cached: int = 0
+    hangs_at_moves: bool = False
+    fail_moves: grpc.StatusCode | None = None
 
 
 @dataclass
@@ -88,12 +94,15 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
     status: DecodeStatus | None = None
     requests: list[DecodeRequest] = field(default_factory=list)
     moves: list[int] = field(default_factory=list)
+    levels: dict[str, int] = field(default_factory=dict)  # of the requests under way
     num_open: int = 0
     num_cancelled: int = 0
 
     def __post_init__(self) -> None:
+        self.may_admit = asyncio.Event()
         self.resume = asyncio.Event()
         self.held = asyncio.Event()
+        self.moving = asyncio.Event()
         self.closed = asyncio.Event()
 
     async def start(self) -> Member:
@@ -118,44 +127,49 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
         assert self.status is not None
         return serde.decode_status_to_proto(self.status)
 
-    async def Decode(
-        self, request_iterator: AsyncIterator[decode_pb2.DecodeControl], context: _Context
-    ) -> None:
+    async def Decode(self, message: decode_pb2.DecodeStart, context: _Context) -> None:
         self.num_open += 1
-        level: list[int] = []
-        controls: asyncio.Task[None] | None = None
+        request = serde.decode_start_from_proto(message)
         try:
-            request = serde.decode_start_from_proto(await anext(aiter(request_iterator)))
             self.requests.append(request)
-            level.append(request.level)
+            self.levels[request.request_id] = request.level
             await self._fail(context, self.script.fail_start)
-            controls = asyncio.create_task(self._obey(request_iterator, level))
-            await self._say(request, level, context)
+            if self.script.holds_start:
+                self.held.set()
+                await self.may_admit.wait()
+            await self._say(request, context)
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
         finally:
             self.num_open -= 1
-            if controls is not None:
-                controls.cancel()
+            del self.levels[request.request_id]
             self.closed.set()
 
-    async def _obey(
-        self, controls: AsyncIterator[decode_pb2.DecodeControl], level: list[int]
-    ) -> None:
-        async for message in controls:
-            level[0] = serde.move_level_from_proto(message).level
-            self.moves.append(level[0])
+    async def MoveLevel(
+        self, request: decode_pb2.MoveLevelRequest, context: _Context
+    ) -> decode_pb2.MoveLevelResponse:
+        move = serde.move_level_from_proto(request)
+        self.moving.set()
+        if self.script.hangs_at_moves:
+            await asyncio.Event().wait()
+        await self._fail(context, self.script.fail_moves)
+        if move.request_id not in self.levels:
+            await abort(context, UnknownRequest("request_id", move.request_id, "one under way"))
+        self.levels[move.request_id] = move.level
+        self.moves.append(move.level)
+        return decode_pb2.MoveLevelResponse()
 
-    async def _say(self, request: DecodeRequest, level: list[int], context: _Context) -> None:
+    async def _say(self, request: DecodeRequest, context: _Context) -> None:
         await context.write(serde.decode_event_to_proto(Admitted(self.script.num_cached)))
         tokens = list(request.prompt)
         reason = FinishReason.LENGTH
         for position in range(request.sampling.max_tokens):
             await self._follow(position, context)
-            token = self._token(position, tokens, request.sampling.seed, level[0])
+            level = self.levels[request.request_id]
+            token = self._token(position, tokens, request.sampling.seed, level)
             tokens.append(token)
-            event = DecodedToken(token, level[0], logprobs_of(token, request.sampling.logprobs))
+            event = DecodedToken(token, level, logprobs_of(token, request.sampling.logprobs))
             await context.write(serde.decode_event_to_proto(event))
             if token in request.sampling.ending_token_ids((END_OF_TEXT,)):
                 reason = FinishReason.STOP
@@ -170,6 +184,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
             self.held.set()
             await self.resume.wait()
         if self.script.fail_after == position:
+            if self.script.fail_with_error is not None:
+                await abort(context, self.script.fail_with_error)
             await self._fail(context, self.script.fail_with)
 
     def _token(self, position: int, tokens: list[int], seed: int, level: int) -> int:

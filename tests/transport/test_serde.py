@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,15 +159,14 @@ def test_layouts(layout: KvLayout) -> None:
 @given(decode_requests)
 def test_decode_requests(request: DecodeRequest) -> None:
     message = serde.decode_start_to_proto(request).SerializeToString()
-    control = decode_pb2.DecodeControl.FromString(message)
-    assert serde.decode_start_from_proto(control) == request
+    assert serde.decode_start_from_proto(decode_pb2.DecodeStart.FromString(message)) == request
 
 
-@given(uint32)
-def test_level_moves(level: int) -> None:
-    message = serde.move_level_to_proto(MoveLevel(level)).SerializeToString()
-    control = decode_pb2.DecodeControl.FromString(message)
-    assert serde.move_level_from_proto(control) == MoveLevel(level)
+@given(st.text(), uint32)
+def test_level_moves(request_id: str, level: int) -> None:
+    move = MoveLevel(request_id, level)
+    message = serde.move_level_to_proto(move).SerializeToString()
+    assert serde.move_level_from_proto(decode_pb2.MoveLevelRequest.FromString(message)) == move
 
 
 @given(events)
@@ -194,35 +195,15 @@ def test_prefill_statuses(status: PrefillStatus) -> None:
     assert serde.prefill_status_from_proto(prefill_pb2.PrefillStatus.FromString(message)) == status
 
 
-MOVE = serde.move_level_to_proto(MoveLevel(1))
-NO_SEED = decode_pb2.DecodeControl(
-    start=decode_pb2.DecodeStart(sampling=common_pb2.SamplingParams(max_tokens=1))
-)
-NO_MAX_TOKENS = decode_pb2.DecodeControl(
-    start=decode_pb2.DecodeStart(sampling=common_pb2.SamplingParams(seed=1))
-)
-
-
 @pytest.mark.parametrize(
-    ("control", "field"),
-    [
-        (decode_pb2.DecodeControl(), "control"),
-        (MOVE, "control"),
-        (NO_SEED, "sampling.seed"),
-        (NO_MAX_TOKENS, "sampling.max_tokens"),
-    ],
+    ("given", "field"),
+    [({"max_tokens": 1}, "sampling.seed"), ({"seed": 1}, "sampling.max_tokens")],
 )
-def test_a_start_that_lacks_something_names_it(
-    control: decode_pb2.DecodeControl, field: str
-) -> None:
+def test_a_start_that_lacks_something_names_it(given: dict[str, Any], field: str) -> None:
+    start = decode_pb2.DecodeStart(sampling=common_pb2.SamplingParams(**given))
     with pytest.raises(InvalidArgument) as caught:
-        serde.decode_start_from_proto(control)
+        serde.decode_start_from_proto(start)
     assert caught.value.field == field
-
-
-def test_a_second_start_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="start"):
-        serde.move_level_from_proto(NO_SEED)
 
 
 def test_an_empty_event_is_refused() -> None:

@@ -10,11 +10,11 @@ import grpc
 import grpc.aio
 import pytest
 
-from colm_serve.errors import ColmError, InvalidArgument
+from colm_serve.errors import InvalidArgument
 from colm_serve.proto.colm.v1 import decode_pb2, decode_pb2_grpc
 from colm_serve.transport.channel import bind, connect, make_server
 from colm_serve.transport.health import add_health
-from colm_serve.transport.status import abort, from_rpc_error
+from colm_serve.transport.status import from_rpc_error
 
 SERVICE = "/colm.v1.DecodeService"
 UNREADABLE = b"\xff\xff"
@@ -24,14 +24,6 @@ class Servicer(decode_pb2_grpc.DecodeServiceServicer):
     async def GetStatus(self, request: Any, context: Any) -> decode_pb2.DecodeStatus:
         assert isinstance(request, decode_pb2.DecodeStatusRequest)
         return decode_pb2.DecodeStatus(worker_id="w")
-
-    async def Decode(self, request_iterator: Any, context: Any) -> None:
-        try:
-            async for request in request_iterator:
-                assert isinstance(request, decode_pb2.DecodeControl)
-                await context.write(decode_pb2.DecodeEvent())
-        except ColmError as error:
-            await abort(context, error)
 
 
 @asynccontextmanager
@@ -73,18 +65,6 @@ async def test_a_method_that_answers_in_a_stream() -> None:
             await call.read()
         assert_refused(error.value, "grpc.health.v1.HealthCheckRequest")
         assert await watch(b"", timeout=5).read()
-
-
-async def test_a_stream_of_requests_is_good_up_to_the_one() -> None:
-    async with connected() as channel:
-        decode: Any = channel.stream_stream(f"{SERVICE}/Decode")
-        call = decode(timeout=5)
-        await call.write(b"")
-        assert await call.read() == b""
-        await call.write(UNREADABLE)
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await call.read()
-        assert_refused(error.value, "colm.v1.DecodeControl")
 
 
 async def test_a_method_that_there_is_not() -> None:

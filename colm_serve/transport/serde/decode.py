@@ -31,8 +31,8 @@ from colm_serve.transport.serde.common import (
 )
 
 
-def decode_start_to_proto(request: DecodeRequest) -> decode_pb2.DecodeControl:
-    start = decode_pb2.DecodeStart(
+def decode_start_to_proto(request: DecodeRequest) -> decode_pb2.DecodeStart:
+    return decode_pb2.DecodeStart(
         request_id=request.request_id,
         prompt_token_ids=request.prompt,
         level=request.level,
@@ -44,18 +44,10 @@ def decode_start_to_proto(request: DecodeRequest) -> decode_pb2.DecodeControl:
         ttft_s=request.ttft_s,
         variant=request.variant,
     )
-    return decode_pb2.DecodeControl(start=start)
 
 
-def decode_start_from_proto(message: decode_pb2.DecodeControl) -> DecodeRequest:
-    """Read the first message of a Decode stream.
-
-    Raises:
-        InvalidArgument: not a start, or a sampling value that is not allowed.
-    """
-    if not message.HasField("start"):
-        raise InvalidArgument("control", message.WhichOneof("control"), "start, as the first")
-    start = message.start
+def decode_start_from_proto(start: decode_pb2.DecodeStart) -> DecodeRequest:
+    """Read what a Decode call asks for; raises InvalidArgument for a value not allowed."""
     for field in ("max_tokens", "seed"):
         if not start.sampling.HasField(field):
             raise InvalidArgument(f"sampling.{field}", None, "a value, set by the router")
@@ -81,15 +73,12 @@ def _peer_from_proto(message: decode_pb2.PrefillPeer) -> PrefillPeer:
     return PrefillPeer(message.address, message.epoch if message.HasField("epoch") else None)
 
 
-def move_level_to_proto(move: MoveLevel) -> decode_pb2.DecodeControl:
-    return decode_pb2.DecodeControl(move_level=decode_pb2.MoveLevel(level=move.level))
+def move_level_to_proto(move: MoveLevel) -> decode_pb2.MoveLevelRequest:
+    return decode_pb2.MoveLevelRequest(request_id=move.request_id, level=move.level)
 
 
-def move_level_from_proto(message: decode_pb2.DecodeControl) -> MoveLevel:
-    """Read a later message of a Decode stream; raises InvalidArgument for another `start`."""
-    if not message.HasField("move_level"):
-        raise InvalidArgument("control", message.WhichOneof("control"), "move_level")
-    return MoveLevel(message.move_level.level)
+def move_level_from_proto(message: decode_pb2.MoveLevelRequest) -> MoveLevel:
+    return MoveLevel(message.request_id, message.level)
 
 
 def decode_event_to_proto(event: DecodeEvent) -> decode_pb2.DecodeEvent:

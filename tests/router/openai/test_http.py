@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from colm_serve.config import RouterConfig
+from colm_serve.errors import RowFailed
 from colm_serve.router.request import GenerationRequest, TokenPrompt
 from tests.router.cluster import (
     MODEL,
@@ -405,7 +406,7 @@ async def test_harmless_fields_are_accepted(tmp_path: Path) -> None:
         (grpc.StatusCode.DATA_LOSS, 502),
         (grpc.StatusCode.UNAVAILABLE, 503),
         (grpc.StatusCode.DEADLINE_EXCEEDED, 504),
-        (grpc.StatusCode.INTERNAL, 500),
+        (grpc.StatusCode.INTERNAL, 502),
     ],
 )
 async def test_what_a_worker_refuses_has_its_own_status(
@@ -434,11 +435,11 @@ async def test_where_nothing_may_wait_overload_is_429_at_once(tmp_path: Path) ->
 
 
 async def test_an_error_after_the_begin_is_an_event(tmp_path: Path) -> None:
-    script = Script(fail_after=2, fail_with=grpc.StatusCode.FAILED_PRECONDITION)
+    script = Script(fail_after=2, fail_with_error=RowFailed("no numbers"))
     async with scripted_cluster(tmp_path, script=script) as cluster:
         events = await stream(cluster, COMPLETION, {"prompt": PROMPT})
         assert [list(event) == ["error"] for event in events] == [False, False, True]
-        assert events[-1]["error"]["code"] == "incompatible"
+        assert events[-1]["error"]["code"] == "generation_failed"
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc
 import openai
 import pytest
 
 from colm_serve.core import MAX_SEED, Logprobs, SamplingParams, TokenLogprob
+from colm_serve.errors import RowFailed
 from colm_serve.router.openai.logprobs import completion_logprobs, token_text
 from tests.router.cluster import MODEL, ScriptedCluster, scripted_cluster, trained_tokenizer
 from tests.router.scripted import END_OF_TEXT, Script, continuation
@@ -185,12 +185,12 @@ async def test_the_other_choices_wait_until_the_prompt_is_cached(tmp_path: Path)
 
 @pytest.mark.parametrize("is_streamed", [True, False])
 async def test_when_the_first_choice_fails_none_begins(tmp_path: Path, is_streamed: bool) -> None:
-    script = Script(fail_after=0, fail_with=grpc.StatusCode.FAILED_PRECONDITION)
+    script = Script(fail_after=0, fail_with_error=RowFailed("no numbers"))
     async with scripted_cluster(tmp_path, script=script) as cluster:
         body = {"prompt": PROMPT, "n": 3, "stream": is_streamed}
         response = await cluster.http.post("/v1/completions", json=body)
         lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-        assert json.loads(lines[-1])["error"]["code"] == "incompatible"
+        assert json.loads(lines[-1])["error"]["code"] == "generation_failed"
         assert len(cluster.worker.requests) == 1
 
 

@@ -25,33 +25,33 @@ _sym_db = _symbol_database.Default()
 from colm_serve.proto.colm.v1 import common_pb2 as colm__serve_dot_proto_dot_colm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%colm_serve/proto/colm/v1/decode.proto\x12\x07\x63olm.v1\x1a%colm_serve/proto/colm/v1/common.proto\"k\n\rDecodeControl\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x14.colm.v1.DecodeStartH\x00\x12(\n\nmove_level\x18\x02 \x01(\x0b\x32\x12.colm.v1.MoveLevelH\x00\x42\t\n\x07\x63ontrol\"\x98\x02\n\x0b\x44\x65\x63odeStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\r\n\x05level\x18\x03 \x01(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.colm.v1.SamplingParams\x12+\n\rprefill_peers\x18\x05 \x03(\x0b\x32\x14.colm.v1.PrefillPeer\x12\x13\n\x0bkv_identity\x18\x06 \x01(\t\x12\x1a\n\x12num_resumed_tokens\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x06ttft_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07variant\x18\n \x01(\tB\t\n\x07_ttft_s\"<\n\x0bPrefillPeer\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x12\n\x05\x65poch\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x08\n\x06_epoch\"\x1a\n\tMoveLevel\x12\r\n\x05level\x18\x01 \x01(\r\"\xbb\x01\n\x0b\x44\x65\x63odeEvent\x12%\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x11.colm.v1.AdmittedH\x00\x12&\n\x05token\x18\x02 \x01(\x0b\x32\x15.colm.v1.DecodedTokenH\x00\x12$\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x10.colm.v1.DecodedH\x00\x12.\n\rscored_prompt\x18\x04 \x01(\x0b\x32\x15.colm.v1.ScoredPromptH\x00\x42\x07\n\x05\x65vent\"%\n\x08\x41\x64mitted\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\"T\n\x0c\x44\x65\x63odedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05level\x18\x02 \x01(\r\x12#\n\x08logprobs\x18\x03 \x01(\x0b\x32\x11.colm.v1.Logprobs\"\x8f\x01\n\x07\x44\x65\x63oded\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.colm.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1a\n\x12num_shipped_tokens\x18\x03 \x01(\r\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.colm.v1.StageTimings\"\x15\n\x13\x44\x65\x63odeStatusRequest\"\xea\x03\n\x0c\x44\x65\x63odeStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bkv_identity\x18\x03 \x01(\t\x12\x12\n\nnum_levels\x18\x04 \x01(\r\x12\x10\n\x08max_rows\x18\x05 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\r\x12\x13\n\x0bnum_running\x18\x07 \x03(\r\x12\x16\n\x0enum_free_pages\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x11\n\tpage_size\x18\n \x01(\r\x12\x0f\n\x07\x63hain_s\x18\x0b \x03(\x01\x12\r\n\x05row_s\x18\x0c \x03(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\r \x01(\x01\x12\x1e\n\x16\x65xpected_output_tokens\x18\x0e \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x0f \x01(\x04\x12\x12\n\nwide_row_s\x18\x10 \x03(\x01\x12\x16\n\x0e\x63\x61\x63hed_token_s\x18\x11 \x03(\x01\x12\x13\n\x0bnum_drafted\x18\x12 \x01(\x04\x12\x14\n\x0cnum_accepted\x18\x13 \x01(\x04\x12\x14\n\x0cnum_attended\x18\x14 \x03(\x04\x12\x17\n\x0ftransfer_call_s\x18\x15 \x01(\x01\x12\x18\n\x10transfer_token_s\x18\x16 \x01(\x01\x32\x8d\x01\n\rDecodeService\x12:\n\x06\x44\x65\x63ode\x12\x16.colm.v1.DecodeControl\x1a\x14.colm.v1.DecodeEvent(\x01\x30\x01\x12@\n\tGetStatus\x12\x1c.colm.v1.DecodeStatusRequest\x1a\x15.colm.v1.DecodeStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%colm_serve/proto/colm/v1/decode.proto\x12\x07\x63olm.v1\x1a%colm_serve/proto/colm/v1/common.proto\"\x98\x02\n\x0b\x44\x65\x63odeStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\r\n\x05level\x18\x03 \x01(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.colm.v1.SamplingParams\x12+\n\rprefill_peers\x18\x05 \x03(\x0b\x32\x14.colm.v1.PrefillPeer\x12\x13\n\x0bkv_identity\x18\x06 \x01(\t\x12\x1a\n\x12num_resumed_tokens\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x06ttft_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07variant\x18\n \x01(\tB\t\n\x07_ttft_s\"<\n\x0bPrefillPeer\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x12\n\x05\x65poch\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x08\n\x06_epoch\"5\n\x10MoveLevelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05level\x18\x02 \x01(\r\"\x13\n\x11MoveLevelResponse\"\xbb\x01\n\x0b\x44\x65\x63odeEvent\x12%\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x11.colm.v1.AdmittedH\x00\x12&\n\x05token\x18\x02 \x01(\x0b\x32\x15.colm.v1.DecodedTokenH\x00\x12$\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x10.colm.v1.DecodedH\x00\x12.\n\rscored_prompt\x18\x04 \x01(\x0b\x32\x15.colm.v1.ScoredPromptH\x00\x42\x07\n\x05\x65vent\"%\n\x08\x41\x64mitted\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\"T\n\x0c\x44\x65\x63odedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05level\x18\x02 \x01(\r\x12#\n\x08logprobs\x18\x03 \x01(\x0b\x32\x11.colm.v1.Logprobs\"\x8f\x01\n\x07\x44\x65\x63oded\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.colm.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1a\n\x12num_shipped_tokens\x18\x03 \x01(\r\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.colm.v1.StageTimings\"\x15\n\x13\x44\x65\x63odeStatusRequest\"\xea\x03\n\x0c\x44\x65\x63odeStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bkv_identity\x18\x03 \x01(\t\x12\x12\n\nnum_levels\x18\x04 \x01(\r\x12\x10\n\x08max_rows\x18\x05 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\r\x12\x13\n\x0bnum_running\x18\x07 \x03(\r\x12\x16\n\x0enum_free_pages\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x11\n\tpage_size\x18\n \x01(\r\x12\x0f\n\x07\x63hain_s\x18\x0b \x03(\x01\x12\r\n\x05row_s\x18\x0c \x03(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\r \x01(\x01\x12\x1e\n\x16\x65xpected_output_tokens\x18\x0e \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x0f \x01(\x04\x12\x12\n\nwide_row_s\x18\x10 \x03(\x01\x12\x16\n\x0e\x63\x61\x63hed_token_s\x18\x11 \x03(\x01\x12\x13\n\x0bnum_drafted\x18\x12 \x01(\x04\x12\x14\n\x0cnum_accepted\x18\x13 \x01(\x04\x12\x14\n\x0cnum_attended\x18\x14 \x03(\x04\x12\x17\n\x0ftransfer_call_s\x18\x15 \x01(\x01\x12\x18\n\x10transfer_token_s\x18\x16 \x01(\x01\x32\xcd\x01\n\rDecodeService\x12\x36\n\x06\x44\x65\x63ode\x12\x14.colm.v1.DecodeStart\x1a\x14.colm.v1.DecodeEvent0\x01\x12\x42\n\tMoveLevel\x12\x19.colm.v1.MoveLevelRequest\x1a\x1a.colm.v1.MoveLevelResponse\x12@\n\tGetStatus\x12\x1c.colm.v1.DecodeStatusRequest\x1a\x15.colm.v1.DecodeStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm_serve.proto.colm.v1.decode_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECODECONTROL']._serialized_start=89
-  _globals['_DECODECONTROL']._serialized_end=196
-  _globals['_DECODESTART']._serialized_start=199
-  _globals['_DECODESTART']._serialized_end=479
-  _globals['_PREFILLPEER']._serialized_start=481
-  _globals['_PREFILLPEER']._serialized_end=541
-  _globals['_MOVELEVEL']._serialized_start=543
-  _globals['_MOVELEVEL']._serialized_end=569
-  _globals['_DECODEEVENT']._serialized_start=572
-  _globals['_DECODEEVENT']._serialized_end=759
-  _globals['_ADMITTED']._serialized_start=761
-  _globals['_ADMITTED']._serialized_end=798
-  _globals['_DECODEDTOKEN']._serialized_start=800
-  _globals['_DECODEDTOKEN']._serialized_end=884
-  _globals['_DECODED']._serialized_start=887
-  _globals['_DECODED']._serialized_end=1030
-  _globals['_DECODESTATUSREQUEST']._serialized_start=1032
-  _globals['_DECODESTATUSREQUEST']._serialized_end=1053
-  _globals['_DECODESTATUS']._serialized_start=1056
-  _globals['_DECODESTATUS']._serialized_end=1546
-  _globals['_DECODESERVICE']._serialized_start=1549
-  _globals['_DECODESERVICE']._serialized_end=1690
+  _globals['_DECODESTART']._serialized_start=90
+  _globals['_DECODESTART']._serialized_end=370
+  _globals['_PREFILLPEER']._serialized_start=372
+  _globals['_PREFILLPEER']._serialized_end=432
+  _globals['_MOVELEVELREQUEST']._serialized_start=434
+  _globals['_MOVELEVELREQUEST']._serialized_end=487
+  _globals['_MOVELEVELRESPONSE']._serialized_start=489
+  _globals['_MOVELEVELRESPONSE']._serialized_end=508
+  _globals['_DECODEEVENT']._serialized_start=511
+  _globals['_DECODEEVENT']._serialized_end=698
+  _globals['_ADMITTED']._serialized_start=700
+  _globals['_ADMITTED']._serialized_end=737
+  _globals['_DECODEDTOKEN']._serialized_start=739
+  _globals['_DECODEDTOKEN']._serialized_end=823
+  _globals['_DECODED']._serialized_start=826
+  _globals['_DECODED']._serialized_end=969
+  _globals['_DECODESTATUSREQUEST']._serialized_start=971
+  _globals['_DECODESTATUSREQUEST']._serialized_end=992
+  _globals['_DECODESTATUS']._serialized_start=995
+  _globals['_DECODESTATUS']._serialized_end=1485
+  _globals['_DECODESERVICE']._serialized_start=1488
+  _globals['_DECODESERVICE']._serialized_end=1693
 # @@protoc_insertion_point(module_scope)

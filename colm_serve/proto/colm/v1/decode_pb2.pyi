@@ -6,14 +6,6 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class DecodeControl(_message.Message):
-    __slots__ = ("start", "move_level")
-    START_FIELD_NUMBER: _ClassVar[int]
-    MOVE_LEVEL_FIELD_NUMBER: _ClassVar[int]
-    start: DecodeStart
-    move_level: MoveLevel
-    def __init__(self, start: _Optional[_Union[DecodeStart, _Mapping]] = ..., move_level: _Optional[_Union[MoveLevel, _Mapping]] = ...) -> None: ...
-
 class DecodeStart(_message.Message):
     __slots__ = ("request_id", "prompt_token_ids", "level", "sampling", "prefill_peers", "kv_identity", "num_resumed_tokens", "cache_salt", "ttft_s", "variant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -46,11 +38,17 @@ class PrefillPeer(_message.Message):
     epoch: int
     def __init__(self, address: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
-class MoveLevel(_message.Message):
-    __slots__ = ("level",)
+class MoveLevelRequest(_message.Message):
+    __slots__ = ("request_id", "level")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
     level: int
-    def __init__(self, level: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., level: _Optional[int] = ...) -> None: ...
+
+class MoveLevelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class DecodeEvent(_message.Message):
     __slots__ = ("admitted", "token", "finished", "scored_prompt")

@@ -35,10 +35,15 @@ class DecodeServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Decode = channel.stream_stream(
+        self.Decode = channel.unary_stream(
                 '/colm.v1.DecodeService/Decode',
-                request_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeControl.SerializeToString,
+                request_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeStart.SerializeToString,
                 response_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeEvent.FromString,
+                _registered_method=True)
+        self.MoveLevel = channel.unary_unary(
+                '/colm.v1.DecodeService/MoveLevel',
+                request_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.MoveLevelRequest.SerializeToString,
+                response_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.MoveLevelResponse.FromString,
                 _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/colm.v1.DecodeService/GetStatus',
@@ -51,9 +56,16 @@ class DecodeServiceServicer(object):
     """A decode worker: holds every chain, keeps the KV cache, makes the tokens. The router calls it.
     """
 
-    def Decode(self, request_iterator, context):
-        """One request. The first control message is `start`; later ones may move its level. Ending
-        the call ends the request and frees its pages within one step.
+    def Decode(self, request, context):
+        """One request. Ending the call ends it and frees its pages within one step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveLevel(self, request, context):
+        """Make the tokens of a request under way here at another level from its next step on. NOT_FOUND:
+        it has ended. A call of its own, as a message into one that ends takes the place of its status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -68,10 +80,15 @@ class DecodeServiceServicer(object):
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Decode': grpc.stream_stream_rpc_method_handler(
+            'Decode': grpc.unary_stream_rpc_method_handler(
                     servicer.Decode,
-                    request_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeControl.FromString,
+                    request_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeStart.FromString,
                     response_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeEvent.SerializeToString,
+            ),
+            'MoveLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveLevel,
+                    request_deserializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.MoveLevelRequest.FromString,
+                    response_serializer=colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.MoveLevelResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -91,7 +108,7 @@ class DecodeService(object):
     """
 
     @staticmethod
-    def Decode(request_iterator,
+    def Decode(request,
             target,
             options=(),
             channel_credentials=None,
@@ -101,12 +118,39 @@ class DecodeService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_stream(
+            request,
             target,
             '/colm.v1.DecodeService/Decode',
-            colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeControl.SerializeToString,
+            colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeStart.SerializeToString,
             colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.DecodeEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/colm.v1.DecodeService/MoveLevel',
+            colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.MoveLevelRequest.SerializeToString,
+            colm__serve_dot_proto_dot_colm_dot_v1_dot_decode__pb2.MoveLevelResponse.FromString,
             options,
             channel_credentials,
             insecure,
