@@ -193,6 +193,11 @@ class DecodeWorker:
                 num_rows=num_rows,
             )
 
+    @property
+    def turn_s(self) -> float:
+        """For how long the present pass has been going on; 0 between two."""
+        return self._compute.turn_s
+
     def check_alive(self) -> None:
         """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
         self._compute.check_alive()

@@ -7,7 +7,7 @@ import secrets
 import torch
 
 from colm_serve.config import ClusterConfig
-from colm_serve.core import Member, WorkerKind
+from colm_serve.core import Health, Member, WorkerKind
 from colm_serve.engine.loading import load_for_serving
 from colm_serve.prefill_worker.service import PrefillService
 from colm_serve.prefill_worker.worker import PrefillWorker
@@ -30,9 +30,13 @@ class PrefillActor:
         )
 
     def describe(self) -> Member:
-        """Who this is and where it listens; raises when the engine has failed."""
-        self._worker.check_alive()
+        """Who this is and where it listens."""
         return self._member
+
+    def health(self) -> Health:
+        """How it gets on; raises when the engine has failed."""
+        self._worker.check_alive()
+        return self._host.health(self._worker.turn_s)
 
     def num_requests(self) -> int:
         """Under way here."""

@@ -165,6 +165,11 @@ class PrefillWorker:
         with self._compute.lock:
             job.num_sent = num_tokens
 
+    @property
+    def turn_s(self) -> float:
+        """For how long the present pass has been going on; 0 between two."""
+        return self._compute.turn_s
+
     def check_alive(self) -> None:
         """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
         self._compute.check_alive()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from colm_serve.config import ClusterConfig
-from colm_serve.core import Membership
+from colm_serve.core import Health, Membership
 from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.server import RouterService
 from colm_serve.transport.host import ServiceThread, settle_heap
@@ -37,6 +37,10 @@ class RouterActor:
 
     def describe(self) -> RouterAddresses:
         return RouterAddresses(self._service.grpc_address, self._service.http_address)
+
+    def health(self) -> Health:
+        """How it gets on."""
+        return self._host.health()
 
     def update_membership(self, membership: Membership) -> None:
         self._service.update_membership(membership)

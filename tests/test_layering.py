@@ -30,10 +30,12 @@ RANK = {group: rank for rank, groups in enumerate(LAYERS) for group in groups}
 #: Decisions and book-keeping: plain values in, plain values out, so the simulator can run them.
 PURE = (
     "cluster/placement.py",
+    "cluster/pulse.py",
     "cluster/scaling.py",
     "config/planner.py",
     "core/costs.py",
     "core/decode_call.py",
+    "core/health.py",
     "core/kv_layout.py",
     "core/logprobs.py",
     "core/membership.py",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Annotated
 
 import typer
@@ -17,9 +18,12 @@ from colm_serve.client import Client, Finished, Started, Token
 from colm_serve.cluster.launch import Cluster
 from colm_serve.config import ClusterConfig
 from colm_serve.demo import run_demo
+from colm_serve.errors import Unavailable
 from colm_serve.measured_costs import measure_costs
 
 console = Console()
+#: How often `serve` asks what the cluster has done.
+_NEWS_INTERVAL_S = 1.0
 
 Address = Annotated[str, typer.Option(help="The router's gRPC address.")]
 ApiKey = Annotated[
@@ -43,8 +47,30 @@ def serve(config: Annotated[Path, typer.Argument(help="A cluster's YAML file.")]
         console.print(f"  gRPC  {cluster.addresses.grpc}")
         console.print(f"  HTTP  http://{cluster.addresses.http}/v1")
         console.print("Ctrl-C stops it")
-        stop.get()
+        trouble = ""
+        while not _is_told(stop):
+            trouble = _print_news(cluster, trouble)
         console.print("stopping")
+
+
+def _is_told(stop: SimpleQueue[None]) -> bool:
+    try:
+        stop.get(timeout=_NEWS_INTERVAL_S)
+    except Empty:
+        return False
+    return True
+
+
+def _print_news(cluster: Cluster, trouble: str) -> str:
+    """Print what is new; returns why nothing can be, if so, which is printed once."""
+    try:
+        lines, now = cluster.news(), ""
+    except Unavailable as error:
+        now = str(error).splitlines()[0]
+        lines = () if now == trouble else (now,)
+    for line in lines:
+        console.print(f"{datetime.now():%H:%M:%S} {line}", highlight=False, markup=False)
+    return now
 
 
 def generate(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, cast
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from colm_serve.cluster.convertible import ConvertibleActor
 from colm_serve.cluster.placement import Role, Slot
 from colm_serve.decode_worker.actor import DecodeActor
-from colm_serve.errors import ColmError, Unavailable
+from colm_serve.errors import ColmError, DeadlineExceeded, Unavailable
 from colm_serve.router.actor import RouterActor
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Actors:
 
     def __init__(self) -> None:
         self._actors: dict[Slot, Any] = {}
+        self._places: dict[Slot, PlacementGroupSchedulingStrategy] = {}
 
     def __contains__(self, slot: Slot) -> bool:
         return slot in self._actors
@@ -52,6 +54,7 @@ class Actors:
         }
         actor = ray.remote(_CLASSES[slot.role]).options(**options)
         self._actors[slot] = actor.remote(*arguments)
+        self._places[slot] = place
 
     async def call(
         self, slot: Slot, method: str, *arguments: object, timeout_s: float = _CALL_TIMEOUT_S
@@ -59,7 +62,8 @@ class Actors:
         """Call a method of a slot's actor.
 
         Raises:
-            Unavailable: it is gone, or does not answer in time.
+            Unavailable: it is gone.
+            DeadlineExceeded: it does not answer in time.
             ColmError: what it raised.
         """
         actor = self._actors.get(slot)
@@ -69,13 +73,30 @@ class Actors:
             async with asyncio.timeout(timeout_s):
                 return await getattr(actor, method).remote(*arguments)
         except TimeoutError as error:
-            raise Unavailable(f"{slot.worker_id}: no {method} within {timeout_s} s") from error
+            late = f"{slot.worker_id}: no answer to {method} within {timeout_s} s"
+            raise DeadlineExceeded(late) from error
         except ray.exceptions.RayError as error:
             raise reason(slot, error) from error
+
+    async def processor_s(self, slot: Slot, pid: int | None) -> float | None:
+        """Processor time that a process on a slot's node has used; None where that is unknown."""
+        if pid is None:
+            return None
+        # Another process looks, on the node of the slot: this one hears from nobody there.
+        look = ray.remote(_processor_s).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=self._places[slot]
+        )
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                return cast(float, await look.remote(pid))
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            logger.warning("%s: its processor time is not known: %s", slot.worker_id, error)
+            return None
 
     def hand_over(self, slot: Slot, successor: Slot) -> None:
         """The actor in one slot is another's."""
         self._actors[successor] = self._actors.pop(slot)
+        self._places[successor] = self._places.pop(slot)
 
     def kill(self, slot: Slot) -> None:
         """Give what is in a slot, if anything, no time to end."""
@@ -89,6 +110,11 @@ class Actors:
         except ColmError as error:
             logger.warning("%s did not stop by itself: %s", slot.worker_id, error)
         ray.kill(self._actors.pop(slot))
+
+
+def _processor_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 def reason(slot: Slot, error: ray.exceptions.RayError) -> ColmError:

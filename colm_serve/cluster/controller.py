@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 
 from colm_serve.cluster.fleet import Fleet
+from colm_serve.cluster.news import News
 from colm_serve.cluster.placement import Role
 from colm_serve.cluster.scaling import scaling_of
 from colm_serve.cluster.standbys import Standbys
@@ -35,7 +36,8 @@ class Controller:
         # Into the log file that Ray keeps for this process.
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         self._config = config
-        self._fleet = Fleet(config)
+        self._news = News()
+        self._fleet = Fleet(config, self._news.tell)
         self._scaling = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -51,6 +53,10 @@ class Controller:
     async def view(self) -> ClusterView:
         fleet = self._fleet
         return ClusterView(fleet.addresses, fleet.membership(), fleet.num_restarts)
+
+    async def news(self, after: int) -> tuple[int, tuple[str, ...]]:
+        """See `News.after`."""
+        return self._news.after(after)
 
     async def plan(self) -> Plan | None:
         """Plan for the load of late and act on it; None while nothing is known of the costs."""
@@ -68,7 +74,7 @@ class Controller:
             prefill, decode = map(self._fleet.slots, (Role.PREFILL, Role.DECODE))
             scaling = scaling_of(plan, prefill, decode)
             if scaling.is_change:
-                logger.info("from %d and %d: %s", len(prefill), len(decode), plan.reason)
+                self._news.tell(f"from {len(prefill)} and {len(decode)}: {plan.reason}")
             steps = (
                 *(self._fleet.convert(slot) for slot in scaling.converted),
                 *(self._fleet.add(role) for role in scaling.added),
@@ -76,7 +82,7 @@ class Controller:
             )
             for result in await asyncio.gather(*steps, return_exceptions=True):
                 if isinstance(result, ColmError):
-                    logger.warning("a worker count stays as it is: %s", result)
+                    self._news.tell(f"a worker count stays as it is: {result}")
                 elif result is not None:
                     raise result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from colm_serve.config import ClusterConfig
-from colm_serve.core import Member
+from colm_serve.core import Health, Member
 from colm_serve.decode_worker.actor import DecodeActor
 from colm_serve.engine.loading import return_freed_memory
 from colm_serve.prefill_worker.actor import PrefillActor
@@ -20,10 +20,15 @@ class ConvertibleActor:
         self._standby: DecodeActor | None = None
 
     def describe(self) -> Member:
-        """Who this is and where it listens; raises when an engine has failed."""
-        if self._standby is not None:
-            self._standby.describe()
+        """Who this is and where it listens."""
         return self._worker.describe()
+
+    def health(self) -> Health:
+        """How the worse of its workers gets on; raises when an engine has failed."""
+        workers = (self._worker, *([] if self._standby is None else [self._standby]))
+        return max(
+            (worker.health() for worker in workers), key=lambda h: max(h.loop_stalled_s, h.turn_s)
+        )
 
     def num_requests(self) -> int:
         """Under way at the worker itself."""

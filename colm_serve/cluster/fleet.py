@@ -8,21 +8,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from colm_serve.cluster.actors import Actors
 from colm_serve.cluster.placement import Role, Slot, further_slot, slots_of
 from colm_serve.cluster.places import Places
+from colm_serve.cluster.supervisors import Supervisors
 from colm_serve.config import ClusterConfig
 from colm_serve.core import Member, Membership
-from colm_serve.errors import ColmError, Unavailable
+from colm_serve.errors import ColmError, DeadlineExceeded, Unavailable
 from colm_serve.router.actor import RouterAddresses
 from colm_serve.router.planner import Demand, WorkerCosts
 
 logger = logging.getLogger(__name__)
 
-_MAX_BACKOFF_S = 30.0
 _IDLE_POLL_S = 0.1
 
 
@@ -32,7 +33,8 @@ class Fleet:
     `changed` is set whenever a worker has come, gone or begun to drain.
     """
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, tell: Callable[[str], None]) -> None:
+        """`tell` hears of everything that is done to a worker, in a line each."""
         self._config = config
         self._slots = list(slots_of(config))
         self._num_made = Counter(slot.role for slot in self._slots)
@@ -41,10 +43,17 @@ class Fleet:
         self._members: dict[Slot, Member] = {}
         self._standbys: dict[Slot, Member] = {}
         self._draining: set[Member] = set()
-        self._supervisors: dict[Slot, asyncio.Task[None]] = {}
+        self._supervisors = Supervisors(
+            config.ray,
+            self._actors,
+            fill=self._fill,
+            evict=self._evict,
+            catch_up=self._catch_up,
+            tell=tell,
+        )
+        self._tell = tell
         self._version = 0
         self._addresses: RouterAddresses | None = None
-        self.num_restarts = 0
         self.changed = asyncio.Event()
 
     async def start(self) -> None:
@@ -60,15 +69,20 @@ class Fleet:
         await asyncio.gather(*(self._fill(slot) for slot in workers))
         await self._fill(self.router)
         for slot in self._slots:
-            self._supervise(slot)
+            self._supervisors.watch(slot)
 
     async def stop(self) -> None:
         """Stop the router, then the workers, then give the resources back."""
-        await asyncio.gather(*(self._leave_alone(slot) for slot in self._slots))
+        await asyncio.gather(*(self._supervisors.leave_alone(slot) for slot in self._slots))
         if self.router in self._actors:
             await self._actors.end(self.router)
         await asyncio.gather(*(self._actors.end(slot) for slot in self._actors.slots))
         self._places.close()
+
+    @property
+    def num_restarts(self) -> int:
+        """Actors that were replaced, or were to be."""
+        return self._supervisors.num_restarts
 
     @property
     def addresses(self) -> RouterAddresses:
@@ -117,11 +131,11 @@ class Fleet:
         except ColmError:
             await self._forget(slot)
             raise
-        self._supervise(slot)
+        self._supervisors.watch(slot)
 
     async def remove(self, slot: Slot) -> None:
         """Let a worker end what it has, for as long as `ray.drain_s`, and give its place back."""
-        await self._leave_alone(slot)
+        await self._supervisors.leave_alone(slot)
         if (member := self._members.get(slot)) is not None:
             await self.drain(member)
             await self._until_idle(slot)
@@ -133,7 +147,7 @@ class Fleet:
         Raises:
             ColmError: it could not, and is replaced by a prefill worker.
         """
-        await self._leave_alone(slot)
+        await self._supervisors.leave_alone(slot)
         decode = replace(slot, role=Role.DECODE, index=self._next_index(Role.DECODE))
         timeout_s = self._config.ray.start_timeout_s
         if (prefill := self._members.get(slot)) is not None:
@@ -144,7 +158,7 @@ class Fleet:
             )
         except ColmError:
             await self._evict(slot)
-            self._supervise(slot)
+            self._supervisors.watch(slot)
             raise
         await self.stop_standby(slot)
         self._withdraw(slot)
@@ -154,7 +168,7 @@ class Fleet:
         self._places.hand_over(slot, decode)
         self._members[decode] = member
         await self._publish()
-        self._supervise(decode)
+        self._supervisors.watch(decode)
 
     async def drain(self, member: Member) -> None:
         """Give a worker no new requests."""
@@ -172,6 +186,7 @@ class Fleet:
         """Have a prefill worker's process decode too; raises as `load`."""
         timeout_s = self._config.ray.start_timeout_s
         self._standbys[slot] = await self._actors.call(slot, "start_standby", timeout_s=timeout_s)
+        self._tell(f"{slot.worker_id} decodes at level 1 while no decode worker is there")
         await self._publish()
 
     async def stop_standby(self, slot: Slot) -> None:
@@ -180,6 +195,7 @@ class Fleet:
             self._draining.discard(member)
             await self._publish()
             await self._actors.call(slot, "stop_standby")
+            self._tell(f"{slot.worker_id} decodes no more")
 
     async def num_standby_requests(self, slot: Slot) -> int:
         """Texts under way at a standby; raises as `load`."""
@@ -212,44 +228,14 @@ class Fleet:
         self._num_made[role] += 1
         return self._num_made[role] - 1
 
-    def _supervise(self, slot: Slot) -> None:
-        self._supervisors[slot] = asyncio.create_task(self._watch(slot))
-
-    async def _leave_alone(self, slot: Slot) -> None:
-        """End a slot's supervision: from now on it is not filled again."""
-        if (task := self._supervisors.pop(slot, None)) is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def _watch(self, slot: Slot) -> None:
-        """Watch a slot's actor; evict it when it dies or its engine fails, and replace it."""
-        backoff_s = self._config.ray.health_interval_s
-        is_filled = slot in self._actors
-        while True:
-            await asyncio.sleep(backoff_s)
-            try:
-                if is_filled:
-                    await self._actors.call(slot, "describe")
-                else:
-                    self.num_restarts += 1
-                    await self._fill(slot)
-                    is_filled = True
-                backoff_s = self._config.ray.health_interval_s
-            except ColmError as error:
-                logger.warning("%s is gone: %s", slot.worker_id, error)
-                if not is_filled:
-                    backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
-                is_filled = False
-                await self._evict(slot)
-
     async def _until_idle(self, slot: Slot) -> None:
         """Wait for a draining worker's last request, no longer than it may take; or its end."""
         try:
             async with asyncio.timeout(self._config.ray.drain_s):
                 while await self._actors.call(slot, "num_requests"):
                     await asyncio.sleep(_IDLE_POLL_S)
-        except (TimeoutError, Unavailable) as error:
-            logger.warning("%s is ended with requests under way: %s", slot.worker_id, error)
+        except (TimeoutError, Unavailable, DeadlineExceeded) as error:
+            self._tell(f"{slot.worker_id} is ended with requests under way: {error}")
 
     async def _evict(self, slot: Slot) -> None:
         """Whatever is in the slot is no member any more, and gets no time to end."""
@@ -280,5 +266,10 @@ class Fleet:
         try:
             await self._actors.call(self.router, "update_membership", self.membership())
         except ColmError as error:
-            # Its own supervisor replaces it, and a fresh router is told first thing.
+            # Its own supervisor replaces it, or tells it again once it answers.
             logger.warning("the router missed membership %d: %s", self._version, error)
+
+    async def _catch_up(self, slot: Slot) -> None:
+        """A router that was busy may have missed who is there."""
+        if slot.role is Role.ROUTER:
+            await self._publish()

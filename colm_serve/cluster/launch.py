@@ -20,6 +20,7 @@ from colm_serve.model.kv_identity import check_variant
 from colm_serve.router.actor import RouterAddresses
 
 _STOP_TIMEOUT_S = 30.0
+_NEWS_TIMEOUT_S = 5.0
 
 
 class Cluster:
@@ -40,6 +41,7 @@ class Cluster:
         if self._owns_ray:
             _init_ray(config)
         self._controller: Any = ray.remote(Controller).options(num_cpus=0).remote(config)
+        self._num_heard = 0
         timeout_s = 2 * config.ray.start_timeout_s
         try:
             self.addresses: RouterAddresses = ray.get(
@@ -57,6 +59,20 @@ class Cluster:
         """Who is in the cluster now."""
         view: ClusterView = ray.get(self._controller.view.remote(), timeout=_STOP_TIMEOUT_S)
         return view
+
+    def news(self) -> tuple[str, ...]:
+        """What the cluster has done of its own accord since this was last asked, a line each.
+
+        Raises:
+            Unavailable: the controller is gone, or does not answer.
+        """
+        try:
+            self._num_heard, lines = ray.get(
+                self._controller.news.remote(self._num_heard), timeout=_NEWS_TIMEOUT_S
+            )
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise Unavailable(f"the controller does not answer: {error}") from error
+        return tuple(lines)
 
     def stop(self) -> None:
         """Stop every process of the cluster, and Ray if this started it; safe to call twice."""

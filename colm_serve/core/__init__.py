@@ -16,6 +16,7 @@ from colm_serve.core.decode_call import (
     ScoredPrompt,
     StageTimings,
 )
+from colm_serve.core.health import Health
 from colm_serve.core.kv_layout import KvLayout
 from colm_serve.core.logprobs import Logprobs, TokenLogprob
 from colm_serve.core.membership import Member, Membership, WorkerKind
@@ -33,6 +34,7 @@ __all__ = [
     "Decoded",
     "DecodedToken",
     "FinishReason",
+    "Health",
     "KvLayout",
     "Logprobs",
     "Member",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from colm_serve.errors import Unavailable
@@ -35,6 +36,7 @@ class ComputeThread:
         self._take_turn = take_turn
         self._on_failure = on_failure
         self._failure: Unavailable | None = None
+        self._turn_began: float | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self.is_stopping = False
@@ -55,6 +57,12 @@ class ComputeThread:
         if self._thread.is_alive():
             self._thread.join(_JOIN_TIMEOUT_S)
 
+    @property
+    def turn_s(self) -> float:
+        """For how long the present turn has been going on; 0 between two."""
+        began = self._turn_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def check_alive(self) -> None:
         """Raise Unavailable when the thread has failed."""
         if self._failure is not None:
@@ -69,7 +77,9 @@ class ComputeThread:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
+                self._turn_began = time.monotonic()
                 self._take_turn()
+                self._turn_began = None
         except Exception as error:
             logger.exception("%s: the compute thread failed", self._worker_id)
             with self._changed:

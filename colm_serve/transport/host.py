@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, Protocol
+
+from colm_serve.core import Health
+
+#: How often a loop that is not held up notes that it runs.
+_BEAT_S = 0.5
 
 
 class Service(Protocol):
@@ -30,6 +37,7 @@ class ServiceThread:
         self._service = service
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()
+        self._beaten_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
         self._thread.start()
         try:
@@ -37,6 +45,17 @@ class ServiceThread:
         except BaseException:
             self._end_loop()
             raise
+
+    def health(self, turn_s: float = 0.0) -> Health:
+        """How the loop is; from any other thread.
+
+        Args:
+            turn_s: what `Health` is to say of the engine.
+        """
+        late_s = time.monotonic() - self._beaten_at - _BEAT_S
+        assert self._thread.ident is not None, "the thread has been started"
+        clock = time.pthread_getcpuclockid(self._thread.ident)
+        return Health(os.getpid(), max(0.0, late_s), time.clock_gettime(clock), turn_s)
 
     def stop(self, grace_s: float = 2.0) -> None:
         """Stop the service and its thread; safe to call twice."""
@@ -52,10 +71,15 @@ class ServiceThread:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
+        self._loop.call_soon(self._beat)
         self._loop.run_forever()
         # Ends the tasks first: a server that is stopped cancels its calls but awaits none of them,
         # and a generator that is still being iterated cannot be closed.
         self._runner.close()
+
+    def _beat(self) -> None:
+        self._beaten_at = time.monotonic()
+        self._loop.call_later(_BEAT_S, self._beat)
 
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

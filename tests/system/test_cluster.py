@@ -126,6 +126,26 @@ def test_bad_requests_are_refused_and_leave_a_neighbour_alone(
     assert tokens == generate_alone(model_folder, prompt, [2] * 48)
 
 
+def test_a_process_that_is_held_up_is_left_alone(cluster: Cluster, client: Client) -> None:
+    before = cluster.view()
+    (worker,) = actor_processes("DecodeActor")
+    cluster.news()
+    told: list[str] = []
+
+    def has_told(line: str) -> bool:
+        told.extend(cluster.news())
+        return any(line in t for t in told)
+
+    worker.suspend()
+    try:
+        wait_until(lambda: has_told("decode-0 is busy"))
+    finally:
+        worker.resume()
+    wait_until(lambda: has_told("decode-0 answers again"))
+    assert cluster.view().membership == before.membership
+    assert len(tokens_of(client, make_prompt(20), max_tokens=8)) == 8
+
+
 def test_a_killed_prefill_worker_is_replaced(cluster: Cluster, client: Client) -> None:
     before = {m.epoch for m in cluster.view().membership.of_kind(WorkerKind.PREFILL)}
     victims = actor_processes("ConvertibleActor")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
@@ -71,6 +73,30 @@ def test_a_failed_start_surfaces_and_ends_the_thread() -> None:
 def test_a_start_that_hangs_is_bounded_and_ends_the_thread() -> None:
     with pytest.raises(TimeoutError):
         ServiceThread(Recorder(hangs=True), start_timeout_s=0.1)
+
+
+def test_a_loop_that_stands_still_is_told_by_its_health() -> None:
+    may_go_on = threading.Event()
+    host = ServiceThread(Recorder())
+    try:
+        host._loop.call_soon_threadsafe(may_go_on.wait, 60)
+        wait_until(lambda: host.health().loop_stalled_s > 0.1)
+        stalled = host.health(turn_s=3.0)
+        assert (stalled.pid, stalled.turn_s) == (os.getpid(), 3.0)
+        assert host.health().loop_cpu_s == stalled.loop_cpu_s, "waiting is no work"
+        may_go_on.set()
+        wait_until(lambda: host.health().loop_stalled_s == 0)
+        assert host.health().loop_cpu_s > stalled.loop_cpu_s
+    finally:
+        may_go_on.set()
+        host.stop()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.01)
 
 
 class Iterating(Recorder):
