@@ -47,6 +47,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/kv_transfer.py
 	$(BIN)/python benchmarks/ttft.py
 	$(BIN)/python benchmarks/router.py
+	$(BIN)/python benchmarks/neighbours.py
 	$(BIN)/python benchmarks/simulator.py
 	$(BIN)/python benchmarks/goodput.py
 	$(BIN)/python benchmarks/chain_linear.py
