@@ -14,8 +14,8 @@ from grpc_reflection.v1alpha import reflection
 
 from colm_serve.config import ClusterConfig, TlsConfig, check_bind_address
 from colm_serve.core import Membership
-from colm_serve.model.config import ColmConfig
-from colm_serve.model.kv_identity import kv_identity
+from colm_serve.model.folder import ModelFolder
+from colm_serve.model.kv_identity import kv_identity_of
 from colm_serve.proto.colm.v1 import generation_pb2_grpc
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.openai.http import make_app
@@ -46,7 +46,8 @@ def _read_model(
     config: ClusterConfig, variant: str, name: str
 ) -> tuple[ModelFacts, Tokenizer | None]:
     folder = config.folder_of(variant)
-    facts = ModelFacts.of(name, ColmConfig.load(folder), kv_identity(folder), variant)
+    opened = ModelFolder.open(folder, 1)
+    facts = ModelFacts.of(name, opened.config, kv_identity_of(opened), variant)
     tokenizer = Tokenizer.load(folder)
     if tokenizer is not None:
         tokenizer.check_vocabulary(folder, facts.vocab_size)

@@ -25,6 +25,7 @@ app.command(name="eval")(training.evaluate)
 app.command()(models.expand)
 app.command()(models.import_llama)
 app.command()(models.export_llama)
+app.command()(models.seal)
 app.command()(models.search_patterns)
 app.command()(clusters.demo)
 

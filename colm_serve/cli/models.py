@@ -1,4 +1,4 @@
-"""Model folders made from others: expanded, imported, exported, searched."""
+"""Model folders made from others, sealed and searched."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from colm_serve.convert.expand import expand as expand_model
 from colm_serve.convert.export_llama import export_llama as convert_to_llama
 from colm_serve.convert.import_llama import import_llama as convert_from_llama
 from colm_serve.convert.progress import byte_bar
+from colm_serve.model.checkpoint import seal as seal_model
 from colm_serve.model.config import KvSharing
 from colm_serve.pattern_search import patterns_table, write_pattern_file
 
@@ -55,6 +56,15 @@ def export_llama(
     with byte_bar(console, "exporting") as report:
         config = convert_to_llama(model, out, report)
     console.print(f"{config.num_params():,} parameters written to {out}")
+
+
+def seal(model: Annotated[Path, typer.Argument(help="A model folder.")]) -> None:
+    """Check a model folder's files and write its manifest.
+
+    For folders of earlier versions, which have none, and after a change of config.json by hand.
+    """
+    config = seal_model(model)
+    console.print(f"{config.num_chains} chains checked; manifest written to {model}")
 
 
 def search_patterns(

@@ -9,24 +9,18 @@ what the base's top level said, and learns from there.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch.nn.functional as F
 
-from colm_serve.convert.new_model import new_model_folder
+from colm_serve.convert.new_model import check_new
 from colm_serve.errors import InvalidArgument
-from colm_serve.model.chain_file import (
-    chain_digest,
-    chain_path,
-    check_chain,
-    read_tensor,
-    write_chain,
-)
-from colm_serve.model.checkpoint import carried_files, check_folder
+from colm_serve.model.chain_file import ChainFile, write_chain
+from colm_serve.model.checkpoint import check_shapes, copy_carried_files
 from colm_serve.model.config import ColmConfig, KvSharing
+from colm_serve.model.folder import ModelFolder, new_model
 from colm_serve.model.initial import initial_chain
 
 
@@ -51,20 +45,22 @@ def expand(
         The new config.
 
     Raises:
-        CheckpointError: a file of `model` is missing, damaged or of another model.
+        CheckpointError: a file of `model` is missing, damaged or of another model, or it is
+            replaced meanwhile.
         InvalidArgument: `out` exists, or a size that cannot be; the message says which can.
     """
-    base = check_folder(model)
-    config = expanded_config(base, add_chains, kv_sharing)
-    with new_model_folder(out) as staging:
-        for chain in range(1, base.num_chains + 1):
-            check_chain(model, chain)
-            shutil.copyfile(chain_path(model, chain), chain_path(staging, chain))
-        for path in carried_files(model):
-            shutil.copyfile(path, staging / path.name)
+    base = ModelFolder.open(model)
+    check_shapes(base)
+    config = expanded_config(base.config, add_chains, kv_sharing)
+    check_new(out)
+    with new_model(out) as staging:
+        for chain in base.chains():
+            chain.check_content()
+            top = chain.copy_to(staging)
+        copy_carried_files(base, staging)
         config.save(staging)
-        for chain in range(base.num_chains + 1, config.num_chains + 1):
-            _write_new_chain(staging, config, chain, seed + chain)
+        for _ in add_chains:
+            top = _write_chain_above(top, config, seed)
     return config
 
 
@@ -133,13 +129,13 @@ def _allowed_sizes(size: int, step: int, reasons: dict[str, int]) -> str:
     return f"multiples of {step} query heads ({because}), such as {sizes}"
 
 
-def _write_new_chain(folder: Path, config: ColmConfig, chain: int, seed: int) -> None:
-    stored_dtype = read_tensor(folder, 1, "norm.weight").dtype
-    tensors = initial_chain(config, chain, seed, stored_dtype)
+def _write_chain_above(top: ChainFile, config: ColmConfig, seed: int) -> ChainFile:
+    chain = top.chain + 1
+    tensors = initial_chain(config, chain, seed + chain, top.read_tensor("norm.weight").dtype)
     if config.head == "per_level":
-        below = read_tensor(folder, chain - 1, "head.weight")
+        below = top.read_tensor("head.weight")
         width = config.level_dims[chain - 1]
         tensors["head.weight"] = F.pad(below, (0, width - below.shape[1]))
     else:
         tensors["embedding.weight" if config.tie_embeddings else "head.weight"].zero_()
-    write_chain(folder, chain, tensors, chain_digest(folder, 1))
+    return write_chain(top.path.parent, chain, tensors, top.base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,13 +10,14 @@ from torch import Tensor
 from colm_serve.convert.hf_checkpoint import SINGLE_FILE
 from colm_serve.convert.hf_config import CONFIG_FILE, hf_config
 from colm_serve.convert.llama_tensors import llama_tensors
-from colm_serve.convert.new_model import new_model_folder
+from colm_serve.convert.new_model import check_new
 from colm_serve.convert.tensor_file import Report, TensorSpec, write_tensor_file
 from colm_serve.convert.tokenizer_files import copy_tokenizer
 from colm_serve.errors import CheckpointError
+from colm_serve.files import new_folder
 from colm_serve.json_file import write_json
-from colm_serve.model.chain_file import chain_path, check_chain, read_tensor
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.folder import ModelFolder
 from colm_serve.model.head_order import stored_order
 
 
@@ -32,23 +32,25 @@ def export_llama(source: Path, out: Path, report: Report | None = None) -> ColmC
         report: told how many bytes of the weights have been written.
 
     Raises:
-        CheckpointError: the folder is damaged, or its first chain is no LLaMA.
+        CheckpointError: the folder is damaged or replaced meanwhile, or its first chain is no
+            LLaMA.
         InvalidArgument: `out` is there.
     """
-    whole = ColmConfig.load(source)
-    config = level_1(whole)
+    whole = ModelFolder.open(source, 1)
+    chain = whole.chain(1)
+    config = level_1(whole.config)
     _check_is_llama(source, config)
-    stored = partial(read_tensor, source, 1)
-    specs = {name: TensorSpec.of(stored(name)) for name in check_chain(source, 1)}
-    stored_names = _match_tensors(chain_path(source, 1), specs, config)
+    specs = {name: TensorSpec.of(chain.read_tensor(name)) for name in chain.check_content()}
+    stored_names = _match_tensors(chain.path, specs, config)
 
     def read(name: str) -> Tensor:
-        tensor = stored(stored_names[name])
-        if whole.kv_repeat == "tile":
+        tensor = chain.read_tensor(stored_names[name])
+        if whole.config.kv_repeat == "tile":
             return stored_order(stored_names[name], config, 1, tensor)
         return tensor
 
-    with new_model_folder(out) as folder:
+    check_new(out)
+    with new_folder(out) as folder:
         write_tensor_file(
             folder / SINGLE_FILE,
             {name: specs[stored_name] for name, stored_name in stored_names.items()},
@@ -57,6 +59,7 @@ def export_llama(source: Path, out: Path, report: Report | None = None) -> ColmC
             report,
         )
         copy_tokenizer(source, folder)
+        whole.check_unchanged()
         dtype = str(specs["embedding.weight"].dtype).removeprefix("torch.")
         write_json(folder / CONFIG_FILE, hf_config(config, dtype))
     return config

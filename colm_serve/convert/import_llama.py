@@ -10,12 +10,13 @@ import torch
 from colm_serve.convert.hf_checkpoint import HfCheckpoint
 from colm_serve.convert.hf_config import read_hf_config
 from colm_serve.convert.llama_tensors import EMBEDDING, HEAD, llama_tensors
-from colm_serve.convert.new_model import new_model_folder
+from colm_serve.convert.new_model import check_new
 from colm_serve.convert.tensor_file import Report, write_tensor_file
 from colm_serve.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from colm_serve.errors import CheckpointError
 from colm_serve.model.chain_file import chain_header, chain_path
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.folder import new_model
 
 #: What older checkpoints also hold, though the configuration gives it.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -40,7 +41,8 @@ def import_llama(source: Path, out: Path, report: Report | None = None) -> ColmC
     check_tokenizer(source, config.vocab_size)
     checkpoint = HfCheckpoint(source)
     names = _match_tensors(checkpoint, config)
-    with new_model_folder(out) as folder:
+    check_new(out)
+    with new_model(out) as folder:
         write_tensor_file(
             chain_path(folder, 1),
             {stored: checkpoint.specs[name] for stored, name in names.items()},

@@ -12,8 +12,8 @@ from colm_serve.core import KvLayout
 from colm_serve.errors import Incompatible, InvalidConfig
 from colm_serve.kv.pool import KvPool
 from colm_serve.model.checkpoint import LoadedModel, load_cpu_model, load_model
-from colm_serve.model.config import ColmConfig
 from colm_serve.model.cpu_model import CpuModel
+from colm_serve.model.folder import ModelFolder
 from colm_serve.model.serving import ServingModel
 from colm_serve.model.transformer import ColmModel
 
@@ -38,7 +38,8 @@ def load_for_serving(
         InvalidConfig: the device cannot keep weights so.
         CheckpointError, InvalidConfig: as `load_model`.
     """
-    config = ColmConfig.load(folder)
+    opened = ModelFolder.open(folder, num_chains)
+    config = opened.config
     if config.kv_sharing != "air" and config.num_chains > 1:
         raise Incompatible(
             f"{folder}: kv_sharing is {config.kv_sharing!r}: only CoLM-Air ('air') and one-chain "
@@ -47,12 +48,12 @@ def load_for_serving(
     device = pick_device()
     if device.type == "cpu":
         dtype = torch.float32 if weight_dtype == "auto" else _DTYPES[weight_dtype]
-        loaded = load_cpu_model(folder, num_chains, with_head=with_head, weight_dtype=dtype)
+        loaded = load_cpu_model(opened, num_chains, with_head=with_head, weight_dtype=dtype)
         return_freed_memory()
         return loaded
     if weight_dtype not in ("auto", "bfloat16"):
         raise InvalidConfig("decode.weight_dtype", weight_dtype, "auto or bfloat16 on a GPU")
-    return load_model(folder, num_chains, with_head=with_head, dtype=torch.bfloat16, device=device)
+    return load_model(opened, num_chains, with_head=with_head, dtype=torch.bfloat16, device=device)
 
 
 def return_freed_memory() -> None:

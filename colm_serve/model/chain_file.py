@@ -6,9 +6,13 @@ on; a file that is missing, truncated, damaged or of another model is refused by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,7 +22,103 @@ from colm_serve.errors import CheckpointError
 from colm_serve.files import writing
 from colm_serve.model.content_digest import content_digest
 
+CHAIN_FILE = re.compile(r"chain-([1-9][0-9]*)\.safetensors")
 _FORMAT = "colm-chain-1"
+
+
+@dataclass(frozen=True)
+class ChainFile:
+    """A chain's file as its model folder knows it: nothing is read of any other.
+
+    Each method opens the file anew, for it may have been replaced, and raises CheckpointError
+    where it is missing, truncated, or not the chain of these digests.
+
+    Attributes:
+        chain: counted from 1.
+        digest: of the content.
+        base: digest of the chain 1 that it was trained on.
+    """
+
+    path: Path
+    chain: int
+    digest: str
+    base: str
+
+    def check_header(self) -> None:
+        """Look whether it is the file meant; its content is not read."""
+        with self._open():
+            pass
+
+    def check_content(self) -> list[str]:
+        """Check the content against the digest, a tensor at a time; returns the stored names.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        with self._open() as file:
+            names: list[str] = sorted(file.keys())
+        self._check_digest(content_digest(names, self.read_tensor))
+        return names
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors by stored name, checked against the digest.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        with self._open() as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self._check_digest(content_digest(tensors, tensors.__getitem__))
+        return tensors
+
+    def read_tensor(self, name: str) -> Tensor:
+        """One tensor by its stored name; the content is not checked against the digest.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        with self._open() as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise CheckpointError(f"{self.path}: tensor {name} is missing")
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes by stored name; the content is not read."""
+        with self._open() as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def copy_to(self, folder: Path) -> ChainFile:
+        """Copy it, byte for byte, to another folder; the content is not checked."""
+        copy = chain_path(folder, self.chain)
+        shutil.copyfile(self.path, copy)
+        self._check_header(read_header(copy, self.chain))
+        return ChainFile(copy, self.chain, self.digest, self.base)
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        file, header = _open_chain(self.path, self.chain)
+        with file:
+            self._check_header(header)
+            yield file
+
+    def _check_header(self, header: Mapping[str, str]) -> None:
+        if header["digest"] != self.digest:
+            raise CheckpointError(
+                f"{self.path}: of another save: its digest is {header['digest']}, and that of "
+                f"this folder's chain {self.chain} is {self.digest}; if the folder was being "
+                "written, load it again, and else copy or write all of it anew (or, if the file "
+                f"belongs there: `colm seal {self.path.parent}`)"
+            )
+        if header["base"] != self.base:
+            raise CheckpointError(
+                f"{self.path}: belongs to another model: it was trained on a chain 1 with digest "
+                f"{header['base']}, this folder's chain 1 has {self.base}"
+            )
+
+    def _check_digest(self, found: str) -> None:
+        if found != self.digest:
+            raise CheckpointError(f"{self.path}: damaged: its content does not match its digest")
 
 
 def chain_path(folder: Path, chain: int) -> Path:
@@ -26,15 +126,10 @@ def chain_path(folder: Path, chain: int) -> Path:
     return folder / f"chain-{chain}.safetensors"
 
 
-def chain_digest(folder: Path, chain: int) -> str:
-    """The content digest that a chain's file says it has; contents are not read."""
-    return read_header(chain_path(folder, chain), chain)["digest"]
-
-
 def write_chain(
     folder: Path, chain: int, tensors: Mapping[str, Tensor], base: str | None = None
-) -> str:
-    """Write a chain's file and return its content digest.
+) -> ChainFile:
+    """Write a chain's file.
 
     Args:
         folder: must be there.
@@ -51,7 +146,7 @@ def write_chain(
     with writing(path):
         save_file(stored, path, chain_header(chain, digest, base))
     path.chmod(0o644)  # safetensors would keep it to its owner
-    return digest
+    return ChainFile(path, chain, digest, base or digest)
 
 
 def chain_header(chain: int, digest: str, base: str | None = None) -> dict[str, str]:
@@ -59,74 +154,24 @@ def chain_header(chain: int, digest: str, base: str | None = None) -> dict[str, 
     return {"format": _FORMAT, "chain": str(chain), "digest": digest, "base": base or digest}
 
 
-def read_chain(folder: Path, chain: int, base: str) -> dict[str, Tensor]:
-    """All of a chain's tensors by stored name, checked against the file's digest.
-
-    Args:
-        base: digest of the chain 1 that it has to belong to.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged or of another model.
-    """
-    path = chain_path(folder, chain)
-    header = read_header(path, chain)
-    check_base(path, header, base)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _check_digest(path, header, content_digest(tensors, tensors.__getitem__))
-    return tensors
-
-
-def read_tensor(folder: Path, chain: int, name: str) -> Tensor:
-    """One tensor of a chain's file by its stored name; the digest is not checked.
-
-    Raises:
-        CheckpointError: the file is missing or truncated, or has no such tensor.
-    """
-    path = chain_path(folder, chain)
-    read_header(path, chain)
-    with safe_open(path, framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118
-            raise CheckpointError(f"{path}: tensor {name} is missing")
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
-
-
-def read_shapes(folder: Path, chain: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a chain's tensors by stored name; contents are not read.
-
-    Raises:
-        CheckpointError: the file is missing or truncated.
-    """
-    path = chain_path(folder, chain)
-    read_header(path, chain)
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-def check_chain(folder: Path, chain: int) -> list[str]:
-    """Check a chain's content against its digest, a tensor at a time; returns the stored names.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or damaged.
-    """
-    path = chain_path(folder, chain)
-    header = read_header(path, chain)
-    with safe_open(path, framework="pt") as file:
-        names: list[str] = sorted(file.keys())
-    _check_digest(path, header, content_digest(names, partial(read_tensor, folder, chain)))
-    return names
-
-
 def read_header(path: Path, chain: int) -> Mapping[str, str]:
     """What the file says of itself; raises CheckpointError where it is not that chain's."""
+    file, header = _open_chain(path, chain)
+    with file:
+        return header
+
+
+def _open_chain(path: Path, chain: int) -> tuple[Any, Mapping[str, str]]:
+    """A chain's file, opened, and its header."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+        file: Any = safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; chain {chain} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not safetensors: {error}") from error
+    header: Mapping[str, str] = file.metadata() or {}
     if header.get("format") != _FORMAT or header.get("chain") != str(chain):
         raise CheckpointError(
             f"{path}: not chain {chain} of a CoLM checkpoint: its header says "
@@ -136,18 +181,4 @@ def read_header(path: Path, chain: int) -> Mapping[str, str]:
     for key in ("digest", "base"):
         if key not in header:
             raise CheckpointError(f"{path}: damaged: its header lacks {key!r}")
-    return header
-
-
-def check_base(path: Path, header: Mapping[str, str], base: str) -> None:
-    """Raise CheckpointError unless a chain belongs to the chain 1 of this digest."""
-    if header["base"] != base:
-        raise CheckpointError(
-            f"{path}: belongs to another model: it was trained on a chain 1 with digest "
-            f"{header['base']}, this folder's chain 1 has {base}"
-        )
-
-
-def _check_digest(path: Path, header: Mapping[str, str], found: str) -> None:
-    if found != header["digest"]:
-        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+    return file, header

@@ -1,15 +1,13 @@
-"""Model folders: `config.json` and one `chain-<i>.safetensors` per chain.
+"""Models read from their folders, and written to them.
 
 File i holds what chain i adds, so the first k files are the level-k model and a prefill worker
-opens one. Each file's header carries its content digest and the digest of the chain-1 file it
-was trained on; a file that is missing, truncated, damaged or from another model is refused.
+opens one. What is missing, truncated, damaged or from another model or save is refused; see
+`folder` for what keeps files together.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from colm_serve.errors import CheckpointError
-from colm_serve.files import writing
-from colm_serve.model.chain_file import (
-    chain_digest,
-    chain_path,
-    check_base,
-    read_chain,
-    read_header,
-    read_shapes,
-    write_chain,
-)
+from colm_serve.model.chain_file import ChainFile, write_chain
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.cpu_model import CpuModel
+from colm_serve.model.folder import ModelFolder, new_model, other_files
 from colm_serve.model.head_order import runtime_order, stored_order
 from colm_serve.model.kv_identity import kv_identity_of
 from colm_serve.model.serving import ServingModel
@@ -57,24 +47,36 @@ def check_folder(folder: Path) -> ColmConfig:
     Raises:
         CheckpointError: as `load_model`, except that contents are not read.
     """
-    model = _make_empty(folder, None, with_head=True)
-    base = chain_digest(folder, 1)
-    for chain in range(1, model.num_chains + 1):
-        path = chain_path(folder, chain)
-        check_base(path, read_header(path, chain), base)
-        _check_shapes(path, read_shapes(folder, chain), dict(chain_tensors(model, chain)))
-    return model.config
+    opened = ModelFolder.open(folder)
+    check_shapes(opened)
+    return opened.config
 
 
-def carried_files(folder: Path) -> list[Path]:
-    """What a model folder has that stays true of the model with other upper chains.
+def seal(folder: Path) -> ColmConfig:
+    """Check a folder's files, contents and all, and write the manifest that says they are a model.
 
-    That is all but config, chains and the levels' held-out losses: the tokenizer above all.
+    Raises:
+        CheckpointError: as `load_model`, but for the manifest that is there.
+        WriteFailed: as on a full disk.
     """
-    config = ColmConfig.load(folder)
-    chains = {chain_path(folder, chain).name for chain in range(1, config.num_chains + 1)}
-    left = chains | {"config.json", "eval.json"}
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in left]
+    found = ModelFolder.as_found(folder)
+    check_shapes(found)
+    for chain in found.chains():
+        chain.check_content()
+    found.manifest.write(folder)
+    return found.config
+
+
+def copy_carried_files(base: ModelFolder, target: Path) -> None:
+    """Copy what stays true of the model with other upper chains, the tokenizer above all.
+
+    Raises:
+        CheckpointError: `base` has been replaced since it was opened.
+    """
+    for path in other_files(base.path):
+        if path.is_file() and path.name != "eval.json":
+            shutil.copyfile(path, target / path.name)
+    base.check_unchanged()
 
 
 def save_model(
@@ -82,51 +84,61 @@ def save_model(
     folder: Path,
     dtype: torch.dtype | None = None,
     *,
-    first_files: Sequence[Path] = (),
+    first_chains: Sequence[ChainFile] = (),
 ) -> None:
-    """Write `config.json` and a file per chain, all or nothing.
+    """Write a model folder, all or nothing.
 
     Args:
-        model: must hold every chain of its config and a head.
-        folder: created or its model files replaced; other files in it stay.
-        dtype: stored dtype; default: the parameters' own.
-        first_files: files of the first chains, which are copied as they are.
+        model, dtype, first_chains: as for `write_model`.
+        folder: created, or replaced in one step by one with the new model's files; other files in
+            it stay. It cannot be a mount point.
 
     Raises:
         WriteFailed: as on a full disk.
     """
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            _write_files(model, staging, dtype, first_files)
-            folder.mkdir(exist_ok=True)
-            for path in sorted(staging.iterdir()):
-                os.replace(path, folder / path.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with new_model(folder) as staging:
+        write_model(model, staging, dtype, first_chains=first_chains)
 
 
-def _write_files(
-    model: ColmModel, folder: Path, dtype: torch.dtype | None, first_files: Sequence[Path]
+def write_model(
+    model: ColmModel,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    first_chains: Sequence[ChainFile] = (),
 ) -> None:
+    """Write `config.json` and a file per chain into a folder that `new_model` has given.
+
+    Args:
+        model: must hold every chain of its config and a head.
+        dtype: stored dtype; default: the parameters' own.
+        first_chains: which are copied as they are.
+
+    Raises:
+        CheckpointError: a file of the first chains has been replaced.
+        WriteFailed: as on a full disk.
+    """
     model.config.save(folder)
-    for chain, path in enumerate(first_files, start=1):
-        shutil.copyfile(path, chain_path(folder, chain))
-    base = chain_digest(folder, 1) if first_files else None
-    for chain in range(len(first_files) + 1, model.num_chains + 1):
-        tensors = {
-            name: stored_order(name, model.config, chain, tensor.detach()).to(
-                device="cpu", dtype=dtype or tensor.dtype
-            )
-            for name, tensor in chain_tensors(model, chain)
-        }
-        digest = write_chain(folder, chain, tensors, base)
-        base = base or digest
+    base = None
+    for chain in range(1, model.num_chains + 1):
+        if chain <= len(first_chains):
+            file = first_chains[chain - 1].copy_to(folder)
+        else:
+            file = write_chain(folder, chain, _stored_tensors(model, chain, dtype), base)
+        base = file.base
+
+
+def _stored_tensors(model: ColmModel, chain: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        name: stored_order(name, model.config, chain, tensor.detach()).to(
+            device="cpu", dtype=dtype or tensor.dtype
+        )
+        for name, tensor in chain_tensors(model, chain)
+    }
 
 
 def load_model(
-    folder: Path,
+    folder: Path | ModelFolder,
     num_chains: int | None = None,
     *,
     with_head: bool = True,
@@ -136,64 +148,69 @@ def load_model(
     """Open the first `num_chains` chain files (default: all) as a model.
 
     Raises:
-        CheckpointError: a file is missing, truncated, damaged, of another model, or holds a
-            tensor that is missing or has another shape than the config gives; the message
-            names file and tensor.
+        CheckpointError: a file is missing, truncated, damaged, of another model, of another save
+            than the rest or replaced meanwhile, or it holds a tensor that is missing or has
+            another shape than the config gives; the message names file and tensor.
         InvalidConfig: it has fewer chains than are asked for.
     """
-    model = _make_empty(folder, num_chains, with_head)
-    base = chain_digest(folder, 1)
+    opened = _open(folder, num_chains)
+    model = _make_empty(opened, num_chains, with_head)
     for chain in range(1, model.num_chains + 1):
-        _load_chain(model, folder, chain, base, dtype, device)
+        _load_chain(model, opened.chain(chain), dtype, device)
     model.rotations = model.rotations.to(device)
     model.requires_grad_(False)
-    return LoadedModel(model.eval(), kv_identity_of(model.config, base), folder)
+    return LoadedModel(model.eval(), kv_identity_of(opened), opened.path)
 
 
 def load_cpu_model(
-    folder: Path,
+    folder: Path | ModelFolder,
     num_chains: int | None = None,
     *,
     with_head: bool = True,
     weight_dtype: torch.dtype = torch.float32,
 ) -> LoadedModel[CpuModel]:
     """As `load_model`, packed for serving on a CPU; holds one file at a time beside the result."""
-    model = _make_empty(folder, num_chains, with_head)
-    base = chain_digest(folder, 1)
+    opened = _open(folder, num_chains)
+    model = _make_empty(opened, num_chains, with_head)
     packed = CpuModel(model.config, model.num_chains, with_head=with_head, dtype=weight_dtype)
     for chain in range(1, model.num_chains + 1):
-        _load_chain(model, folder, chain, base, torch.float32, "cpu")
+        _load_chain(model, opened.chain(chain), torch.float32, "cpu")
         packed.take_chain(model, chain)
         for _, owner, index in _chain_slots(model, chain):
             owner[index] = nn.Parameter(owner[index].detach().to("meta"), requires_grad=False)
-    return LoadedModel(packed, kv_identity_of(model.config, base), folder)
+    return LoadedModel(packed, kv_identity_of(opened), opened.path)
 
 
-def _make_empty(folder: Path, num_chains: int | None, with_head: bool) -> ColmModel:
-    config = ColmConfig.load(folder)
+def _open(folder: Path | ModelFolder, num_chains: int | None) -> ModelFolder:
+    return folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder, num_chains)
+
+
+def _make_empty(folder: ModelFolder, num_chains: int | None, with_head: bool) -> ColmModel:
     with torch.device("meta"):
-        return ColmModel(config, num_chains, with_head=with_head)
+        return ColmModel(folder.config, num_chains, with_head=with_head)
+
+
+def check_shapes(folder: ModelFolder) -> None:
+    """Raise CheckpointError unless every chain's tensors are those of the config's model."""
+    model = _make_empty(folder, None, with_head=True)
+    for file in folder.chains():
+        _check_chain_shapes(file.path, file.shapes(), dict(chain_tensors(model, file.chain)))
 
 
 def _load_chain(
-    model: ColmModel,
-    folder: Path,
-    chain: int,
-    base: str,
-    dtype: torch.dtype,
-    device: torch.device | str,
+    model: ColmModel, file: ChainFile, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    path, tensors = chain_path(folder, chain), read_chain(folder, chain, base)
-    slots = dict(chain_tensors(model, chain))
+    tensors = file.read()
+    slots = dict(chain_tensors(model, file.chain))
     unread = set() if model.head is not None else _HEAD_TENSORS
     shapes = {name: tuple(t.shape) for name, t in tensors.items() if name not in unread}
-    _check_shapes(path, shapes, slots)
+    _check_chain_shapes(file.path, shapes, slots)
     for name in slots:
-        tensor = runtime_order(name, model.config, chain, tensors[name])
-        _assign(model, chain, name, tensor.to(device=device, dtype=dtype).contiguous())
+        tensor = runtime_order(name, model.config, file.chain, tensors[name])
+        _assign(model, file.chain, name, tensor.to(device=device, dtype=dtype).contiguous())
 
 
-def _check_shapes(
+def _check_chain_shapes(
     path: Path, found: Mapping[str, tuple[int, ...]], slots: Mapping[str, nn.Parameter]
 ) -> None:
     """Raise CheckpointError unless a file's tensors are those of the config's model."""

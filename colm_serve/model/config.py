@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from colm_serve.errors import CheckpointError, InvalidConfig
-from colm_serve.json_file import read_json, write_json
+from colm_serve.json_file import JsonObject, read_json, write_json
 from colm_serve.model.rope_scaling import Llama3RopeScaling, is_positive_number
+
+CONFIG_FILE = "config.json"
 
 KvSharing = Literal["air", "per_chain"]
 KvRepeat = Literal["tile", "interleave"]
@@ -216,14 +218,18 @@ class ColmConfig:
     @classmethod
     def load(cls, folder: Path) -> ColmConfig:
         """Read `folder/config.json`; raises CheckpointError where it cannot be."""
-        path = folder / "config.json"
+        return cls.from_json(read_json(folder / CONFIG_FILE))
+
+    @classmethod
+    def from_json(cls, raw: JsonObject) -> ColmConfig:
+        """The same of the file's content; raises CheckpointError, which names the file."""
         try:
-            return cls.from_dict(read_json(path).values)
+            return cls.from_dict(raw.values)
         except InvalidConfig as error:
-            raise CheckpointError(f"{path}: {error}") from error
+            raise CheckpointError(f"{raw.path}: {error}") from error
 
     def save(self, folder: Path) -> None:
-        write_json(folder / "config.json", self.to_dict())
+        write_json(folder / CONFIG_FILE, self.to_dict())
 
 
 def _is_positive_int(value: object) -> bool:

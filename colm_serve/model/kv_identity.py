@@ -8,8 +8,7 @@ from pathlib import Path
 import xxhash
 
 from colm_serve.errors import CheckpointError
-from colm_serve.model.chain_file import chain_digest
-from colm_serve.model.config import ColmConfig
+from colm_serve.model.folder import ModelFolder
 
 #: Config keys that decide what chain 1's keys and values are, beside its own sizes.
 _KV_KEYS = (
@@ -26,12 +25,12 @@ def kv_identity(folder: Path) -> str:
     Two workers may exchange KV exactly when these agree. Where chain 1 makes all of it, models
     that share chain 1 agree, whatever they have above it: a base, its expansions, tuned variants.
     """
-    config = ColmConfig.load(folder)
-    return kv_identity_of(config, chain_digest(folder, 1))
+    return kv_identity_of(ModelFolder.open(folder, 1))
 
 
-def kv_identity_of(config: ColmConfig, chain_1_digest: str) -> str:
-    """The same of a model whose config and first digest have been read."""
+def kv_identity_of(folder: ModelFolder) -> str:
+    """The same of a folder that has been opened."""
+    config = folder.config
     raw = config.to_dict()
     relevant = {key: raw[key] for key in _KV_KEYS}
     relevant["chain_1"] = (
@@ -42,7 +41,7 @@ def kv_identity_of(config: ColmConfig, chain_1_digest: str) -> str:
     )
     if config.kv_sharing == "per_chain" and config.num_chains > 1:
         relevant |= {key: raw[key] for key in _CHAIN_KEYS}
-    text = json.dumps([chain_1_digest, relevant], sort_keys=True)
+    text = json.dumps([folder.chain(1).digest, relevant], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 

@@ -28,8 +28,9 @@ from torch.optim import AdamW
 
 from colm_serve.errors import CheckpointError, InvalidConfig
 from colm_serve.files import new_folder, writing
-from colm_serve.model.checkpoint import carried_files, save_model
+from colm_serve.model.checkpoint import copy_carried_files, write_model
 from colm_serve.model.content_digest import content_digest
+from colm_serve.model.folder import new_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.config import TrainConfig
@@ -119,8 +120,7 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
     """The newest checkpoint that can be read, or None when the run has none.
 
     Raises:
-        InvalidConfig: it was written by another recipe, or on another base; the message names
-            the first difference.
+        InvalidConfig: it was written by another recipe; the message names the first difference.
     """
     for folder in reversed(checkpoint_folders(run_folder)):
         try:
@@ -138,9 +138,6 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
             _log.warning("%s cannot be read, trying the one before: %s", folder, error)
             continue
         _check_recipe(folder, config.to_dict(), recipe)
-        if config.tuning is not None and config.tuning.base_digests() != snapshot.base_digests:
-            allowed = f"the model that {run_folder} began with"
-            raise InvalidConfig("tuning.base", str(config.tuning.base), allowed)
         return snapshot
     return None
 
@@ -148,29 +145,41 @@ def load_newest_snapshot(run_folder: Path, config: TrainConfig) -> Snapshot | No
 def export_model(run_folder: Path, config: TrainConfig, model_folder: Path) -> Path:
     """Make a model folder of the run's newest checkpoint, whether or not the run has ended.
 
+    What `model_folder` was before is replaced in one step, as by `save_model`.
+
     Raises:
         CheckpointError: the run has no checkpoint yet.
+        InvalidConfig: as `restore_weights`.
     """
     snapshot = load_newest_snapshot(run_folder, config)
     if snapshot is None:
         raise CheckpointError(f"{run_folder}: no checkpoint yet; train some more")
     start = StartingPoint.of(config)
     restore_weights(snapshot, start)
-    if config.tuning is None:
-        save_model(start.model, model_folder)
-        tokenizer = load_model_tokenizer(run_folder, config.model.vocab_size)
-        save_tokenizer(tokenizer, model_folder, config.model.max_context)
-    else:
-        merge_adapters(start.model)
-        save_model(start.model, model_folder, first_files=config.tuning.frozen_files)
-        for path in carried_files(config.tuning.base):
-            shutil.copyfile(path, model_folder / path.name)
-    config.save(model_folder / "train.yaml")
+    with new_model(model_folder) as staging:
+        if config.tuning is None or start.base is None:
+            write_model(start.model, staging)
+            tokenizer = load_model_tokenizer(run_folder, config.model.vocab_size)
+            save_tokenizer(tokenizer, staging, config.model.max_context)
+        else:
+            merge_adapters(start.model)
+            frozen = start.base.chains()[: config.tuning.frozen_chains]
+            write_model(start.model, staging, first_chains=frozen)
+            copy_carried_files(start.base, staging)
+        config.save(staging / "train.yaml")
     return model_folder
 
 
 def restore_weights(snapshot: Snapshot, start: StartingPoint) -> None:
-    """Put a checkpoint's weights in place."""
+    """Put a checkpoint's weights in place.
+
+    Raises:
+        InvalidConfig: the base, which has the others, is not the model that the run began with.
+    """
+    if start.base_digests != snapshot.base_digests:
+        assert start.base is not None
+        allowed = f"the model that {snapshot.folder.parent} began with"
+        raise InvalidConfig("tuning.base", str(start.base.path), allowed)
     with torch.no_grad():
         for name, parameter in start.model.named_parameters():
             if name in start.trained_names:

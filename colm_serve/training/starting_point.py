@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from colm_serve.model.folder import ModelFolder
 from colm_serve.model.initial import initial_model
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.config import TrainConfig
@@ -16,12 +17,17 @@ class StartingPoint:
     Attributes:
         model: whole, on the CPU, and the caller's alone.
         trained_names: of the parameters that the run changes, in one of its stages at least.
-        base_digests: of the chain files that hold the others; none where all train.
+        base: whose files hold the others; None where all train.
     """
 
     model: ColmModel
     trained_names: frozenset[str]
-    base_digests: tuple[str, ...] = ()
+    base: ModelFolder | None = None
+
+    @property
+    def base_digests(self) -> tuple[str, ...]:
+        """Of the base's chain files."""
+        return self.base.manifest.chains if self.base else ()
 
     @classmethod
     def of(cls, config: TrainConfig) -> StartingPoint:
@@ -30,6 +36,6 @@ class StartingPoint:
         if tuning is None:
             model = initial_model(config.model, config.seed)
             return cls(model, frozenset(name for name, _ in model.named_parameters()))
-        digests = tuning.base_digests()
-        model = tuning.open_base(config.model, config.seed)
-        return cls(model, tuning.trained_names(model), digests)
+        base = ModelFolder.open(tuning.base)
+        model = tuning.open_base(base, config.model, config.seed)
+        return cls(model, tuning.trained_names(model), base)

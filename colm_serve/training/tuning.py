@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from colm_serve.errors import InvalidConfig
-from colm_serve.model.chain_file import chain_digest, chain_path
 from colm_serve.model.checkpoint import chain_tensors, load_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.folder import ModelFolder
 from colm_serve.model.layers import ChainLinear
 from colm_serve.model.transformer import ColmModel
 from colm_serve.training.lora import add_adapters, is_adapter
@@ -62,16 +62,16 @@ class Tuning:
         if rank is not None and (type(rank) is not int or rank < 1):
             raise InvalidConfig("tuning.lora_rank", rank, "a positive integer, or null")
 
-    def open_base(self, config: ColmConfig, seed: int) -> ColmModel:
+    def open_base(self, base: ModelFolder, config: ColmConfig, seed: int) -> ColmModel:
         """The model before its first step: the base's weights, and adapters if asked for.
 
         Raises:
             CheckpointError: the base cannot be read.
             InvalidConfig: it is another model than the recipe's.
         """
-        if ColmConfig.load(self.base) != config:
-            raise InvalidConfig("model", config.to_dict(), f"what {self.base}/config.json has")
-        model = load_model(self.base).model
+        if base.config != config:
+            raise InvalidConfig("model", config.to_dict(), f"what {base.path}/config.json has")
+        model = load_model(base).model
         self.add_adapters(model, seed)
         return model.train()
 
@@ -98,16 +98,6 @@ class Tuning:
         for module in model.modules():
             if isinstance(module, ChainLinear):
                 module.num_frozen = self.frozen_chains
-
-    @property
-    def frozen_files(self) -> list[Path]:
-        """The base's files of the frozen chains."""
-        return [chain_path(self.base, chain) for chain in range(1, self.frozen_chains + 1)]
-
-    def base_digests(self) -> tuple[str, ...]:
-        """Those of the base's chain files."""
-        num_chains = ColmConfig.load(self.base).num_chains
-        return tuple(chain_digest(self.base, chain) for chain in range(1, num_chains + 1))
 
     def _frozen_weights(self, model: ColmModel) -> Iterator[nn.Parameter]:
         for chain in range(1, self.frozen_chains + 1):

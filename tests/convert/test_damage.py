@@ -23,6 +23,7 @@ from colm_serve.convert.import_llama import import_llama
 from colm_serve.errors import CheckpointError, InvalidArgument
 from colm_serve.model.config import ColmConfig
 from tests.convert.llamas import SIZES, read_tensors
+from tests.model.models import unseal
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 HEAD = "lm_head.weight"
@@ -167,6 +168,7 @@ def test_a_damaged_chain_is_not_exported(
     with pytest.raises(CheckpointError, match=f"{path}: damaged"):
         export_llama(colm, tmp_path / "llama")
     path.write_bytes(content)
+    unseal(colm)
     edit_json(colm / "config.json", d_ff=80)
     with pytest.raises(CheckpointError, match=r"tensor blocks\.0\.ffn\.w1\.weight has shape"):
         export_llama(colm, tmp_path / "llama")

@@ -19,7 +19,7 @@ from colm_serve.model.config import ColmConfig
 from colm_serve.model.kv_identity import kv_identity
 from tests.engine.paged import PAGE_SIZE, PAGES, decode, kv_of_whole_model, prefill
 from tests.helpers import make_prompt
-from tests.model.models import SMALL, random_model, read_chain
+from tests.model.models import SMALL, random_model, read_chain, unseal
 
 #: As an imported LLaMA: one chain, grouped query heads in LLaMA's order.
 LLAMA = replace(SMALL, chains=(1,), kv_repeat="interleave")
@@ -128,7 +128,8 @@ def test_files_are_carried_along_byte_for_byte(base: Path, tmp_path: Path) -> No
     assert config.chains == (8, 2, 2)
     assert chain_path(grown, 1).read_bytes() == chain_path(base, 1).read_bytes()
     names = ["chain-1", "chain-2", "chain-3"]
-    files = [*(f"{name}.safetensors" for name in names), "config.json", "tokenizer.json"]
+    model = [*(f"{name}.safetensors" for name in names), "config.json", "manifest.json"]
+    files = [*model, "tokenizer.json"]
     assert [path.name for path in sorted(grown.iterdir())] == files
     assert list(grown.parent.iterdir()) == [grown]
 
@@ -188,6 +189,7 @@ def test_what_cannot_be_read_or_written_leaves_nothing(base: Path, tmp_path: Pat
     (tmp_path / "there").mkdir()
     with pytest.raises(InvalidArgument, match=r"out: .*there'.*a folder that is not there yet"):
         expand(base, tmp_path / "there", [2])
+    unseal(base)
     tensors, _ = read_chain(base, 1)
     write_chain(base, 1, {name: t for name, t in tensors.items() if name != "norm.weight"})
     with pytest.raises(CheckpointError, match=r"chain-1\.safetensors: tensor norm\.weight is miss"):

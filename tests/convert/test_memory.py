@@ -19,6 +19,7 @@ from colm_serve.convert.hf_config import hf_config
 from colm_serve.convert.import_llama import import_llama
 from colm_serve.convert.llama_tensors import llama_tensors
 from colm_serve.model.config import ColmConfig
+from tests.model.models import unseal
 
 MIB = 2**20
 #: Weights of 70 MiB in bf16; the largest tensor has 6 of them, and so has a layer.
@@ -80,6 +81,7 @@ def test_an_import_holds_less_than_two_tensors(llama: Path, tmp_path: Path) -> N
 
 def test_an_export_that_reorders_heads_does_too(llama: Path, tmp_path: Path) -> None:
     import_llama(llama, tmp_path / "colm")
+    unseal(tmp_path / "colm")
     replace(CONFIG, kv_repeat="tile").save(tmp_path / "colm")
     watch = Watch()
     export_llama(tmp_path / "colm", tmp_path / "back", watch)

@@ -51,6 +51,11 @@ def random_model(config: ColmConfig, seed: int = 0) -> ColmModel:
     return model.eval()
 
 
+def unseal(folder: Path) -> None:
+    """Leave a folder as versions before manifests wrote it, to change its files by hand."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+
+
 def read_chain(folder: Path, chain: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a chain's file."""
     with safe_open(chain_path(folder, chain), framework="pt") as file:

@@ -24,9 +24,10 @@ from colm_serve.model.config import ColmConfig
 from colm_serve.model.kv_identity import kv_identity
 from colm_serve.model.transformer import ColmModel
 from tests.full_disk import full_disk
-from tests.model.models import SMALL, VARIANTS, random_model, read_chain
+from tests.model.models import SMALL, VARIANTS, random_model, read_chain, unseal
 
-MODEL_FILES = ["chain-1.safetensors", "chain-2.safetensors", "chain-3.safetensors", "config.json"]
+CHAIN_FILES = ["chain-1.safetensors", "chain-2.safetensors", "chain-3.safetensors"]
+MODEL_FILES = [*CHAIN_FILES, "config.json", "manifest.json"]
 
 
 @pytest.fixture
@@ -43,12 +44,14 @@ def _assert_same(found: ColmModel, expected: ColmModel) -> None:
 
 
 def _edit_config(folder: Path, **changes: object) -> None:
+    unseal(folder)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, **changes}))
 
 
 def _edit_chain(folder: Path, chain: int, changes: Mapping[str, Tensor | None]) -> None:
     """Rewrite a chain's file, digest and all, with tensors changed or (None) left out."""
+    unseal(folder)
     tensors, header = read_chain(folder, chain)
     edited = {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None}
     write_chain(folder, chain, edited, None if chain == 1 else header["base"])
@@ -222,6 +225,7 @@ def test_a_wrong_byte_anywhere_in_a_chain_s_header_is_noticed(folder: Path) -> N
 def test_a_chain_of_another_model_of_the_same_shape_is_refused(
     folder: Path, tmp_path: Path
 ) -> None:
+    unseal(folder)
     save_model(random_model(SMALL, seed=1), tmp_path / "other")
     shutil.copy(chain_path(tmp_path / "other", 2), chain_path(folder, 2))
     for read in (load_model, check_folder):
@@ -231,6 +235,7 @@ def test_a_chain_of_another_model_of_the_same_shape_is_refused(
 
 
 def test_chain_1_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    unseal(folder)
     save_model(random_model(SMALL, seed=1), tmp_path / "other")
     shutil.copy(chain_path(tmp_path / "other", 1), chain_path(folder, 1))
     for read in (load_model, check_folder):

@@ -18,9 +18,9 @@ from colm_serve.config import ClusterConfig, RouterConfig, StandbyConfig
 from colm_serve.convert.expand import expand
 from colm_serve.core import Member, Membership, WorkerKind
 from colm_serve.errors import CheckpointError, InvalidArgument, Unavailable, UnknownModel
-from colm_serve.model.chain_file import chain_path
 from colm_serve.model.checkpoint import save_model
 from colm_serve.model.config import ColmConfig
+from colm_serve.model.folder import ModelFolder
 from colm_serve.model.kv_identity import check_variant
 from colm_serve.prefill_worker.worker import PrefillWorker
 from colm_serve.router.cluster_view import ClusterView
@@ -76,7 +76,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             expand(base, folders[name], add_chains)
         config = ColmConfig.load(folders[name]) if add_chains else BASE
         tuned = random_model(config, seed)
-        save_model(tuned, folders[name], first_files=[chain_path(base, 1)])
+        save_model(tuned, folders[name], first_chains=[ModelFolder.open(base).chain(1)])
         save_tokenizer(folders[name])
     return folders
 

@@ -124,7 +124,7 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(
     ]
     newest = checkpoint_folders(run)[-1]
     # As a kill leaves it: in the staging folder, without the last file.
-    half_written = run / ".checkpoint-00000007.tmp"
+    half_written = run / ".checkpoint-00000007.0a1b2c3d.colm-tmp"
     shutil.copytree(newest, half_written)
     (half_written / "state.json").unlink()
     damage(newest)
@@ -135,6 +135,7 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(
     assert straight.finished
     assert losses(run) == losses(tmp_path / "straight")
     assert len(checkpoint_folders(run)) == 2
+    assert not half_written.exists()
 
 
 def test_another_recipe_or_corpus_in_the_same_folder_is_refused(
@@ -165,6 +166,7 @@ def test_a_running_run_can_be_exported(
         "chain-2.safetensors",
         "chain-3.safetensors",
         "config.json",
+        "manifest.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "train.yaml",
