@@ -83,10 +83,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _take_up_what_a_death_left(path: Path) -> None:
     old = _place_of_old(path)
-    if old.exists() and not path.exists():
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
         os.rename(old, path)
-    for left in (old, *path.parent.glob(f".*{_STAGING}")):
-        with suppress(OSError), _locked(left):
+    for left in path.parent.glob(f".*{_STAGING}"):
+        with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(left)
 
 
@@ -100,32 +102,38 @@ def _check_replaceable(path: Path) -> None:
 @contextmanager
 def _staging_beside(path: Path) -> Iterator[Path]:
     """A folder of the caller's own; what has its name in the end goes away."""
-    name = f".{path.name}.{secrets.token_hex(4)}"
-    made, staging = path.with_name(name), path.with_name(name + _STAGING)
-    made.mkdir()
     with ExitStack() as held:
-        # Where a file system cannot lock folders, those of the dead cannot be told, and stay.
-        with suppress(OSError):
-            held.enter_context(_locked(made))
-        os.rename(made, staging)
+        staging = _make_staging(path, held)
         try:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def _make_staging(path: Path, held: ExitStack) -> Path:
+    while True:
+        staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_STAGING}")
+        staging.mkdir()
+        # Where a file system cannot lock folders, those of the dead cannot be told, and stay.
+        with suppress(OSError):
+            held.enter_context(_locked(staging, fcntl.LOCK_EX))
+        # Not locked yet, it may have been taken for one of the dead.
+        if staging.exists():
+            return staging
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises OSError where another writer, alive, holds it."""
+def _locked(folder: Path, how: int) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how)
         yield
     finally:
         os.close(descriptor)
 
 
 def _replace_folder(path: Path, new: Path) -> None:
+    """Put a new folder in the place of one; `new` may be the old one afterwards."""
     if _exchange(path, new):
         return
     old = _place_of_old(path)

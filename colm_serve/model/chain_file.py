@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,7 @@ class ChainFile:
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
-        file, header = _open_chain(self.path, self.chain)
-        with file:
+        with _opened(self.path, self.chain) as (file, header):
             self._check_header(header)
             yield file
 
@@ -156,22 +155,32 @@ def chain_header(chain: int, digest: str, base: str | None = None) -> dict[str, 
 
 def read_header(path: Path, chain: int) -> Mapping[str, str]:
     """What the file says of itself; raises CheckpointError where it is not that chain's."""
-    file, header = _open_chain(path, chain)
-    with file:
+    with _opened(path, chain) as (_, header):
         return header
 
 
-def _open_chain(path: Path, chain: int) -> tuple[Any, Mapping[str, str]]:
+@contextmanager
+def _opened(path: Path, chain: int) -> Iterator[tuple[Any, Mapping[str, str]]]:
     """A chain's file, opened, and its header."""
-    try:
-        file: Any = safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; chain {chain} is missing") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated or not safetensors: {error}") from error
-    header: Mapping[str, str] = file.metadata() or {}
+    with ExitStack() as held:
+        try:
+            # safetensors opens a path twice, for the header and for the tensors: of one file here,
+            # whatever takes its place in between.
+            opened = held.enter_context(path.open("rb"))
+            file: Any = safe_open(f"/proc/self/fd/{opened.fileno()}", framework="pt")
+            held.enter_context(file)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: no such file; chain {chain} is missing") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: truncated or not safetensors: {error}") from error
+        header: Mapping[str, str] = file.metadata() or {}
+        _check_is_chain(path, header, chain)
+        yield file, header
+
+
+def _check_is_chain(path: Path, header: Mapping[str, str], chain: int) -> None:
     if header.get("format") != _FORMAT or header.get("chain") != str(chain):
         raise CheckpointError(
             f"{path}: not chain {chain} of a CoLM checkpoint: its header says "
@@ -181,4 +190,3 @@ def _open_chain(path: Path, chain: int) -> tuple[Any, Mapping[str, str]]:
     for key in ("digest", "base"):
         if key not in header:
             raise CheckpointError(f"{path}: damaged: its header lacks {key!r}")
-    return file, header

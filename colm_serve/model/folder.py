@@ -50,18 +50,16 @@ class ModelFolder:
             CheckpointError: a file is missing or damaged, or is not the manifest's.
             InvalidConfig: it has fewer chains than are asked for.
         """
-        raw = read_json(path / CONFIG_FILE)
-        config = ColmConfig.from_json(raw)
-        num_chains = config.num_chains if num_chains is None else num_chains
-        config.check_level(num_chains, "num_chains")
+        config, digest, num_chains = _read_config(path, num_chains)
         manifest = Manifest.read(path, config.num_chains)
         if manifest is None:
             return cls._open_unsealed(path, num_chains)
-        if (found := config_digest(raw.values)) != manifest.config:
+        if digest != manifest.config:
             raise CheckpointError(
-                f"{raw.path}: of another save: its digest is {found}, and {MANIFEST_FILE} has "
-                f"{manifest.config}; if the folder was being written, load it again, and else "
-                f"copy or write all of it anew (or, if you changed it: `colm seal {path}`)"
+                f"{path / CONFIG_FILE}: of another save: its digest is {digest}, and "
+                f"{MANIFEST_FILE} has {manifest.config}; if the folder was being written, load it "
+                "again, and else copy or write all of it anew (or, if you changed it: "
+                f"`colm seal {path}`)"
             )
         _check_no_other_chain(path, config.num_chains)
         return cls(path, config, manifest, num_chains)._checked()
@@ -73,13 +71,10 @@ class ModelFolder:
         Raises:
             CheckpointError: a file is missing or damaged, or chains are of different models.
         """
-        raw = read_json(path / CONFIG_FILE)
-        config = ColmConfig.from_json(raw)
-        num_chains = config.num_chains if num_chains is None else num_chains
+        config, digest, num_chains = _read_config(path, num_chains)
         numbers = range(1, num_chains + 1)
-        digests = tuple(read_header(chain_path(path, i), i)["digest"] for i in numbers)
-        manifest = Manifest(config_digest(raw.values), digests)
-        return cls(path, config, manifest, num_chains)._checked()
+        chains = tuple(read_header(chain_path(path, i), i)["digest"] for i in numbers)
+        return cls(path, config, Manifest(digest, chains), num_chains)._checked()
 
     @classmethod
     def _open_unsealed(cls, path: Path, num_chains: int) -> ModelFolder:
@@ -137,6 +132,15 @@ def new_model(path: Path) -> Iterator[Path]:
             shutil.copymode(path, staging)
             _carry_along(other_files(path), staging)
         ModelFolder.as_found(staging).manifest.write(staging)
+
+
+def _read_config(path: Path, num_chains: int | None) -> tuple[ColmConfig, str, int]:
+    """A folder's config, its digest, and how many chains are asked for."""
+    raw = read_json(path / CONFIG_FILE)
+    config = ColmConfig.from_json(raw)
+    num_chains = config.num_chains if num_chains is None else num_chains
+    config.check_level(num_chains, "num_chains")
+    return config, config_digest(raw.values), num_chains
 
 
 def _carry_along(files: Iterable[Path], target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,9 +21,11 @@ from colm_serve.convert.export_llama import export_llama
 from colm_serve.convert.hf_config import read_hf_config
 from colm_serve.convert.import_llama import import_llama
 from colm_serve.errors import CheckpointError, InvalidArgument
+from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.config import ColmConfig
 from tests.convert.llamas import SIZES, read_tensors
 from tests.model.models import unseal
+from tests.model.retrained import before_open
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 HEAD = "lm_head.weight"
@@ -173,6 +175,34 @@ def test_a_damaged_chain_is_not_exported(
     with pytest.raises(CheckpointError, match=r"tensor blocks\.0\.ffn\.w1\.weight has shape"):
         export_llama(colm, tmp_path / "llama")
     assert sorted(tmp_path.iterdir()) == [colm]
+
+
+def test_a_model_that_is_replaced_meanwhile_is_not_exported(
+    imported_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its chain is opened, at moments from the first to the last."""
+    colm, out, other = tmp_path / "colm", tmp_path / "llama", load_model(imported_of("grouped"))
+    for parameter in other.model.parameters():
+        parameter.add_(1)
+    export_llama(imported_of("grouped"), tmp_path / "expected")
+    expected = (tmp_path / "expected" / "model.safetensors").read_bytes()
+    replaced, number, num_refused = True, 1, 0
+    while replaced:
+        shutil.rmtree(colm, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(imported_of("grouped"), colm)
+        with monkeypatch.context() as patched:
+            was_called = before_open(patched, number, lambda: save_model(other.model, colm))
+            with suppress(CheckpointError):
+                export_llama(colm, out)
+            replaced = was_called()
+        if out.exists():
+            assert (out / "model.safetensors").read_bytes() == expected
+        else:
+            num_refused += replaced
+        number += 10
+    assert num_refused > 5
+    assert out.exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

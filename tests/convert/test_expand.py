@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from colm_serve.model.kv_identity import kv_identity
 from tests.engine.paged import PAGE_SIZE, PAGES, decode, kv_of_whole_model, prefill
 from tests.helpers import make_prompt
 from tests.model.models import SMALL, random_model, read_chain, unseal
+from tests.model.retrained import retrained
 
 #: As an imported LLaMA: one chain, grouped query heads in LLaMA's order.
 LLAMA = replace(SMALL, chains=(1,), kv_repeat="interleave")
@@ -132,6 +134,29 @@ def test_files_are_carried_along_byte_for_byte(base: Path, tmp_path: Path) -> No
     files = [*model, "tokenizer.json"]
     assert [path.name for path in sorted(grown.iterdir())] == files
     assert list(grown.parent.iterdir()) == [grown]
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_a_base_that_is_replaced_meanwhile_is_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Before each of its files is copied: three chains, then the tokenizer."""
+    base, copyfile, num_copied = tmp_path / "base", shutil.copyfile, 0
+    save_model(retrained(1.0), base)
+    (base / "tokenizer.json").write_text("{}")
+
+    def replace_and_copy(source: Path, target: Path) -> None:
+        nonlocal num_copied
+        num_copied += 1
+        if num_copied == number:
+            save_model(retrained(2.0), base)
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", replace_and_copy)
+    with pytest.raises(CheckpointError, match=r"of another save|base: replaced while"):
+        expand(base, tmp_path / "grown", [2])
+    assert num_copied >= number
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_new_weights_follow_the_seed_and_are_stored_as_the_base_s(tmp_path: Path) -> None:

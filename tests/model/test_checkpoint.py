@@ -95,8 +95,8 @@ def test_a_prefill_worker_s_load_opens_no_file_but_chain_1(
 ) -> None:
     opened = []
 
-    def watch(path: Path, framework: str) -> Any:
-        opened.append(path.name)
+    def watch(path: str, framework: str) -> Any:
+        opened.append(Path(path).resolve().name)
         return real(path, framework=framework)
 
     real = safetensors.safe_open

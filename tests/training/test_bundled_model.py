@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from colm_serve.model.checkpoint import load_model
+from colm_serve.model.folder import ModelFolder
+from colm_serve.model.manifest import Manifest
 from colm_serve.model.vocabulary import load_model_tokenizer
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.loss import evaluate
@@ -75,6 +77,10 @@ def test_published_figures_belong_to_this_model() -> None:
     ]
     for below, above in pairwise(report.levels):
         assert above.heldout_loss < below.heldout_loss - 0.02
+
+
+def test_its_manifest_is_what_sealing_it_writes() -> None:
+    assert ModelFolder.as_found(FOLDER).manifest == Manifest.read(FOLDER, num_chains=4)
 
 
 def test_folder_stays_small_enough_to_commit() -> None:

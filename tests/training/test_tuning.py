@@ -23,10 +23,12 @@ from colm_serve.model.folder import ModelFolder
 from colm_serve.model.initial import initial_model
 from colm_serve.model.kv_identity import kv_identity
 from colm_serve.model.layers import ChainLinear
+from colm_serve.training import snapshot as snapshot_module
+from colm_serve.training import tuning as tuning_module
 from colm_serve.training.config import TrainConfig
 from colm_serve.training.loss import multi_chain_loss
 from colm_serve.training.report import Report, evaluate_folder
-from colm_serve.training.snapshot import checkpoint_folders
+from colm_serve.training.snapshot import checkpoint_folders, export_model
 from colm_serve.training.stage import stage_at
 from colm_serve.training.tokenizer import save_tokenizer, train_tokenizer
 from colm_serve.training.trainer import train
@@ -238,6 +240,32 @@ def test_a_base_that_was_replaced_meanwhile_is_refused(
     save_model(model, base)
     with pytest.raises(InvalidConfig, match=r"tuning\.base: .*the model that .*run began with"):
         train(config, tmp_path / "run", data=DATA, device="cpu")
+
+
+@pytest.mark.parametrize("moment", ["load_model", "merge_adapters", "copy_carried_files"])
+def test_a_base_that_is_replaced_during_an_export_is_not_mixed(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """While its weights are loaded, and while chains and tokenizer are copied."""
+    base, out = shutil.copytree(tuned, tmp_path / "base"), tmp_path / "model"
+    config = recipe_for(base, tuning={"lora_rank": 2})
+    train(config, tmp_path / "run", data=DATA, device="cpu", stop=StopAfter(2))
+    export_model(tmp_path / "run", config, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    other = load_model(base).model
+    with torch.no_grad():
+        other.embedding.weights[0].add_(1)
+    module = tuning_module if moment == "load_model" else snapshot_module
+    real = getattr(module, moment)
+
+    def replace_base(*arguments: Any) -> Any:
+        save_model(other, base)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, moment, replace_base)
+    with pytest.raises(CheckpointError, match=r"of another save|base: replaced while"):
+        export_model(tmp_path / "run", config, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize(
