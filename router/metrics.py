@@ -74,6 +74,9 @@ class Metrics:
         self._usage = gauge("kv_cache_usage_perc", "Pages in use, 1 is all.", *worker)
         self._waiting = gauge("num_requests_waiting", "Requests that wait at a worker.", *worker)
         self._preemptions = gauge("num_preemptions", "Since the worker started.", *worker)
+        self._row_failures = gauge(
+            "row_failures", "Requests that failed alone since the worker started.", *worker
+        )
 
     def event(self, event: GenerationEvent, lifecycle: Lifecycle) -> None:
         """Count an event on its way to the client."""
@@ -135,7 +138,13 @@ class Metrics:
         self._running.set(num_running)
         for tenant, number in num_queued.items():
             self._queued.labels(tenant).set(number)
-        for gauge in (self._reachable, self._usage, self._waiting, self._preemptions):
+        for gauge in (
+            self._reachable,
+            self._usage,
+            self._waiting,
+            self._preemptions,
+            self._row_failures,
+        ):
             gauge.clear()
         for record in view.records:
             labels = (record.member.kind.value, record.member.worker_id)
@@ -147,4 +156,5 @@ class Metrics:
                 self._waiting.labels(*labels).set(status.num_waiting)
             if isinstance(status, DecodeStatus):
                 self._preemptions.labels(*labels).set(status.num_preemptions)
+                self._row_failures.labels(*labels).set(status.num_failed_rows)
         return generate_latest(self._registry)

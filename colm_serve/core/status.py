@@ -13,6 +13,7 @@ class DecodeStatus:
 
     They attend to `num_attended[k - 1]` tokens, all together. It reserves pages for a prompt and up
     to `expected_output_tokens` of output. Of `num_drafted` tokens drafted `num_accepted` held.
+    `num_failed_rows` requests failed alone, in the midst of a batch, since it started.
     """
 
     worker_id: str
@@ -32,6 +33,7 @@ class DecodeStatus:
     num_drafted: int
     num_accepted: int
     num_attended: tuple[int, ...] = ()
+    num_failed_rows: int = 0
     transfer_cost: TransferCost = field(default_factory=TransferCost)
 
 

@@ -250,6 +250,7 @@ def decode_status(**changes: Any) -> DecodeStatus:
         num_preemptions=3,
         num_drafted=0,
         num_accepted=0,
+        num_failed_rows=2,
     )
     return replace(idle, **changes)
 

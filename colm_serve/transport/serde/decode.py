@@ -151,6 +151,7 @@ def decode_status_to_proto(status: DecodeStatus) -> decode_pb2.DecodeStatus:
         num_attended=status.num_attended,
         transfer_call_s=status.transfer_cost.call_s,
         transfer_token_s=status.transfer_cost.token_s,
+        num_failed_rows=status.num_failed_rows,
     )
 
 
@@ -179,4 +180,5 @@ def decode_status_from_proto(message: decode_pb2.DecodeStatus) -> DecodeStatus:
         num_accepted=message.num_accepted,
         num_attended=tuple(message.num_attended),
         transfer_cost=TransferCost(message.transfer_call_s, message.transfer_token_s),
+        num_failed_rows=message.num_failed_rows,
     )

@@ -95,7 +95,7 @@ class DecodeStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DecodeStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "kv_identity", "num_levels", "max_rows", "num_waiting", "num_running", "num_free_pages", "num_pages", "page_size", "chain_s", "row_s", "prefill_tokens_per_s", "expected_output_tokens", "num_preemptions", "wide_row_s", "cached_token_s", "num_drafted", "num_accepted", "num_attended", "transfer_call_s", "transfer_token_s")
+    __slots__ = ("worker_id", "epoch", "kv_identity", "num_levels", "max_rows", "num_waiting", "num_running", "num_free_pages", "num_pages", "page_size", "chain_s", "row_s", "prefill_tokens_per_s", "expected_output_tokens", "num_preemptions", "wide_row_s", "cached_token_s", "num_drafted", "num_accepted", "num_attended", "transfer_call_s", "transfer_token_s", "num_failed_rows")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KV_IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class DecodeStatus(_message.Message):
     NUM_ATTENDED_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_CALL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_ROWS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     kv_identity: str
@@ -140,4 +141,5 @@ class DecodeStatus(_message.Message):
     num_attended: _containers.RepeatedScalarFieldContainer[int]
     transfer_call_s: float
     transfer_token_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_identity: _Optional[str] = ..., num_levels: _Optional[int] = ..., max_rows: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[_Iterable[int]] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., chain_s: _Optional[_Iterable[float]] = ..., row_s: _Optional[_Iterable[float]] = ..., prefill_tokens_per_s: _Optional[float] = ..., expected_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., wide_row_s: _Optional[_Iterable[float]] = ..., cached_token_s: _Optional[_Iterable[float]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., num_attended: _Optional[_Iterable[int]] = ..., transfer_call_s: _Optional[float] = ..., transfer_token_s: _Optional[float] = ...) -> None: ...
+    num_failed_rows: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_identity: _Optional[str] = ..., num_levels: _Optional[int] = ..., max_rows: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[_Iterable[int]] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., chain_s: _Optional[_Iterable[float]] = ..., row_s: _Optional[_Iterable[float]] = ..., prefill_tokens_per_s: _Optional[float] = ..., expected_output_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., wide_row_s: _Optional[_Iterable[float]] = ..., cached_token_s: _Optional[_Iterable[float]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., num_attended: _Optional[_Iterable[int]] = ..., transfer_call_s: _Optional[float] = ..., transfer_token_s: _Optional[float] = ..., num_failed_rows: _Optional[int] = ...) -> None: ...
