@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from colm_serve.core import ScoredPrompt
+from colm_serve.core import FLOAT_FIELDS, ScoredPrompt, as_carried
 from colm_serve.errors import DataLoss, InvalidArgument
 from colm_serve.proto.colm.v1 import common_pb2, generation_pb2
 from colm_serve.router.cluster_status import ClusterStatus, WorkerState
@@ -24,8 +24,10 @@ from colm_serve.transport.serde import (
     finish_reason_to_proto,
     grammar_from_proto,
     grammar_to_proto,
+    logit_bias_from_proto,
     logprobs_from_proto,
     logprobs_to_proto,
+    sampling_floats_from_proto,
     scored_prompt_from_proto,
     scored_prompt_to_proto,
     timings_from_proto,
@@ -34,27 +36,24 @@ from colm_serve.transport.serde import (
 
 
 def request_to_proto(request: GenerationRequest) -> generation_pb2.GenerateRequest:
-    """Raises InvalidArgument when a number does not fit its field."""
+    """Raises InvalidArgument when a number does not fit its field, or a float its bounds."""
     try:
         message = generation_pb2.GenerateRequest(
             model=request.model,
             sampling=common_pb2.SamplingParams(
-                temperature=request.temperature,
-                top_p=request.top_p,
                 top_k=request.top_k,
                 seed=request.seed,
                 max_tokens=request.max_tokens,
                 ignore_eos=request.ignore_eos,
-                min_p=request.min_p,
-                repetition_penalty=request.repetition_penalty,
-                presence_penalty=request.presence_penalty,
-                frequency_penalty=request.frequency_penalty,
-                logit_bias=dict(request.logit_bias),
+                logit_bias={
+                    i: as_carried("logit_bias", bias, f"[{i}]") for i, bias in request.logit_bias
+                },
                 stop_token_ids=request.stop_token_ids,
                 min_tokens=request.min_tokens,
                 logprobs=request.logprobs,
                 grammar=grammar_to_proto(request.grammar),
                 prompt_logprobs=request.prompt_logprobs,
+                **{f: as_carried(f, getattr(request, f)) for f in FLOAT_FIELDS},
             ),
             stop=request.stop,
             sla_class=request.sla_class,
@@ -92,18 +91,11 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationReq
         prompt=_prompt_from_proto(message),
         model=message.model,
         max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
         top_k=sampling.top_k,
         seed=sampling.seed if sampling.HasField("seed") else None,
         ignore_eos=sampling.ignore_eos,
-        min_p=sampling.min_p,
-        repetition_penalty=(
-            sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
-        ),
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        logit_bias=logit_bias_from_proto(sampling),
+        **sampling_floats_from_proto(sampling),
         stop_token_ids=tuple(sampling.stop_token_ids),
         min_tokens=sampling.min_tokens,
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,

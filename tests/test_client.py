@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,6 +139,22 @@ async def test_exactly_one_prompt(options: dict[str, object]) -> None:
 async def test_what_does_not_fit_the_wire_is_refused_here(options: dict[str, object]) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(InvalidArgument, match="fit the wire"):
         client.generate("x", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"top_p": 1e-50}, "top_p: 1e-50 is not allowed"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty: 1e-50 is not allowed"),
+        ({"temperature": 1e300}, r"temperature: 1e\+300 is not allowed"),
+        ({"logit_bias": {5: 1e300}}, r"logit_bias\[5\]: 1e\+300 is not allowed"),
+    ],
+)
+async def test_what_the_wire_would_make_0_or_inf_is_refused_as_it_was_sent(
+    options: dict[str, Any], shown: str
+) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidArgument, match=shown):
+        client.generate("x", **options)
 
 
 async def test_errors_are_of_our_own_tree(tmp_path: Path) -> None:

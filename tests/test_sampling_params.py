@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from colm_serve.core import SamplingParams
+from colm_serve.core import FLOAT_FIELDS, SamplingParams, as_written
 from colm_serve.errors import InvalidArgument
 
 NAN = math.nan
 
 GOOD: list[dict[str, Any]] = [
     {"temperature": 0}, {"temperature": 2}, {"top_p": 1e-9}, {"top_p": 1}, {"top_k": 0},
-    {"min_p": 0}, {"min_p": 1}, {"repetition_penalty": 1e-9}, {"repetition_penalty": 2},
+    {"min_p": 0}, {"min_p": 1}, {"repetition_penalty": 0.01}, {"repetition_penalty": 2},
     {"presence_penalty": -2}, {"presence_penalty": 2}, {"frequency_penalty": -2},
     {"frequency_penalty": 2}, {"logit_bias": tuple((i, 100.0) for i in range(300))},
     {"logit_bias": ((0, -100.0),)}, {"stop_token_ids": tuple(range(64))}, {"min_tokens": 8},
@@ -45,6 +48,68 @@ def test_what_is_beyond_them_is_named(field: str, value: Any) -> None:
     with pytest.raises(InvalidArgument, match="allowed") as caught:
         SamplingParams(**{"max_tokens": 8, field: value})
     assert caught.value.field.startswith(field)
+
+
+#: The least and the most of each float.
+BORDERS = {
+    "temperature": (0, 2), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (0.01, 2),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FLOAT_FIELDS)
+def test_borders_are_those_of_the_number_that_the_wire_carries(field: str) -> None:
+    for border, beyond in zip(BORDERS[field], (-math.inf, math.inf), strict=True):
+        carried = np.float32(border)
+        # A double that rounds to the border is the border.
+        for value in (border, float(carried), float(np.nextafter(border, beyond))):
+            assert getattr(SamplingParams(8, **{field: value}), field) == float(carried)
+        first_bad = float(np.nextafter(carried, np.float32(beyond)))
+        with pytest.raises(InvalidArgument, match=field):
+            SamplingParams(8, **{field: first_bad})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("top_p", 1e-50, "top_p: 1e-50 is not allowed; allowed: 1e-09 to 1"),
+        ("repetition_penalty", 1e-50, "repetition_penalty: 1e-50 is not allowed; allowed: 0.01"),
+        ("repetition_penalty", 1e-38, "repetition_penalty: 1e-38 is not allowed; allowed: 0.01"),
+        ("presence_penalty", 1e300, "presence_penalty: 1e+300 is not allowed; allowed: -2 to 2"),
+        ("temperature", 10**400, "temperature: an integer of 1329 bits is not allowed"),
+        ("min_p", -math.inf, "min_p: -inf is not allowed; allowed: 0 to 1"),
+        ("logit_bias", ((3, 1e300),), "logit_bias[3]: 1e+300 is not allowed; allowed: -100 to"),
+        ("top_k", 2**31, "top_k: 2147483648 is not allowed"),
+        ("max_tokens", 2**40, "max_tokens: 1099511627776 is not allowed"),
+        ("min_tokens", 10**400, "min_tokens: an integer of 1329 bits is not allowed"),
+    ],
+)
+def test_the_number_that_was_sent_is_shown(field: str, value: Any, shown: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        SamplingParams(**{"max_tokens": 8, field: value})
+    assert str(caught.value).startswith(shown)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1e-50, 1e-45, 1e-38, 9.99e-6])
+def test_a_temperature_of_almost_nothing_is_greedy(temperature: float) -> None:
+    assert SamplingParams(8, temperature=temperature).temperature == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3, 0.01])
+def test_a_low_temperature_stays(temperature: float) -> None:
+    assert SamplingParams(8, temperature=temperature).temperature == np.float32(temperature)
+
+
+@given(st.floats(width=32))
+def test_what_was_written_is_the_shortest_number_that_is_carried_so(carried: float) -> None:
+    written = as_written(carried)
+    assert np.float32(written) == np.float32(carried) or math.isnan(carried)
+    assert len(repr(written)) <= len(repr(carried))
+
+
+@given(st.decimals(-100, 100, places=3))
+def test_a_short_number_is_known_again(number: Any) -> None:
+    assert as_written(float(np.float32(float(number)))) == float(number)
 
 
 @pytest.mark.parametrize(

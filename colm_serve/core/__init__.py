@@ -21,10 +21,18 @@ from colm_serve.core.kv_layout import KvLayout
 from colm_serve.core.logprobs import Logprobs, TokenLogprob
 from colm_serve.core.membership import Member, Membership, WorkerKind
 from colm_serve.core.prefill_call import PrefillRequest, SegmentName
-from colm_serve.core.sampling import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from colm_serve.core.sampling import (
+    FLOAT_FIELDS,
+    MAX_LOGPROBS,
+    MAX_SEED,
+    SamplingParams,
+    as_carried,
+    as_written,
+)
 from colm_serve.core.status import DecodeStatus, PrefillStatus
 
 __all__ = [
+    "FLOAT_FIELDS",
     "MAX_LOGPROBS",
     "MAX_SEED",
     "Admitted",
@@ -52,4 +60,6 @@ __all__ = [
     "TokenLogprob",
     "TransferCost",
     "WorkerKind",
+    "as_carried",
+    "as_written",
 ]

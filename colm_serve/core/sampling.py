@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,14 +14,79 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100
 MAX_LOGIT_BIAS_TOKENS = 300
 MAX_STOP_TOKEN_IDS = 64
+_MAX_INT32 = 2**31 - 1
+
+#: The least and the most of each number; those of a float are floats.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, _MAX_INT32),
+    "temperature": (0.0, 2.0),
+    # Far below one over any vocabulary: the likeliest token alone is left, as with less.
+    "top_p": (1e-9, 1.0),
+    "top_k": (0, _MAX_INT32),
+    "seed": (0, MAX_SEED),
+    "min_p": (0.0, 1.0),
+    # A score over less would leave every other rule without a say, and at last be infinite.
+    "repetition_penalty": (0.01, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "logit_bias": (-float(MAX_LOGIT_BIAS), float(MAX_LOGIT_BIAS)),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+#: A lower temperature is greedy: tokens whose scores are further apart than a thousandth are never
+#: drawn against each other there. Clients send such ones and mean just that.
+MIN_TEMPERATURE = 1e-5
+#: Fields that the wire carries as float32, but for the biases of `logit_bias`.
+FLOAT_FIELDS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+def as_carried(field: str, value: float, key: str = "") -> float:
+    """What the wire makes of a float that was sent, checked: the nearest float32.
+
+    So a router refuses what a worker would, by the number that its client sent, and both compute
+    with the same one.
+
+    Args:
+        key: follows the field's name in errors.
+
+    Raises:
+        InvalidArgument: it is not within the field's bounds.
+    """
+    carried = _float32(value)
+    low, high = _BOUNDS[field]
+    # Written so that NaN fails too.
+    if not _float32(low) <= carried <= _float32(high):
+        raise InvalidArgument(field + key, value, f"{low:g} to {high:g}")
+    return 0.0 if field == "temperature" and carried < _float32(MIN_TEMPERATURE) else carried
+
+
+def as_written(carried: float) -> float:
+    """The shortest number that the wire carries so: most likely the one that was sent."""
+    for num_digits in range(6, 9):
+        shorter = float(f"{carried:.{num_digits}g}")
+        if _float32(shorter) == carried:
+            return shorter
+    return carried
+
+
+def _float32(value: float) -> float:
+    """The nearest float32; of what is beyond them all, infinity."""
+    try:
+        (nearest,) = struct.unpack("<f", struct.pack("<f", value + 0.0))
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+    return float(nearest)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen; draws are keyed by (seed, position).
 
-    `logit_bias` pairs token ids with what is added to their scores; `logprobs` is the number of
-    likeliest tokens to report with each chosen one, None for no logprobs at all, and
+    Floats are rounded to what the wire carries; a temperature below `MIN_TEMPERATURE` is 0,
+    greedy. `logit_bias` pairs token ids with what is added to their scores; `logprobs` is the
+    number of likeliest tokens to report with each chosen one, None for no logprobs at all, and
     `prompt_logprobs` the same for the tokens of the prompt. The end of a `grammar` is the end of
     the text, whatever `ignore_eos` and `min_tokens` say.
 
@@ -46,32 +112,15 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        # Written so that NaN fails too.
-        if not 0 < self.top_p <= 1:
-            raise InvalidArgument("top_p", self.top_p, "above 0, at most 1")
-        if not 0 < self.repetition_penalty <= 2:
-            raise InvalidArgument("repetition_penalty", self.repetition_penalty, "above 0, to 2")
-        if self.top_k < 0:
-            raise InvalidArgument("top_k", self.top_k, "0 (off) or more")
-        if self.max_tokens < 1:
-            raise InvalidArgument("max_tokens", self.max_tokens, "1 or more")
+        for field in FLOAT_FIELDS:
+            object.__setattr__(self, field, as_carried(field, getattr(self, field)))
+        for field in ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
+            value, (low, high) = getattr(self, field), _BOUNDS[field]
+            if value is not None and not low <= value <= high:
+                raise InvalidArgument(field, value, f"{low} to {high}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             allowed = f"0 to max_tokens, {self.max_tokens}"
             raise InvalidArgument("min_tokens", self.min_tokens, allowed)
-        for field_name, low, high in (
-            ("temperature", 0, 2),
-            ("min_p", 0, 1),
-            ("presence_penalty", -2, 2),
-            ("frequency_penalty", -2, 2),
-            ("seed", 0, MAX_SEED),
-        ):
-            value = getattr(self, field_name)
-            if not low <= value <= high:
-                raise InvalidArgument(field_name, value, f"{low} to {high}")
-        for field_name in ("logprobs", "prompt_logprobs"):
-            number = getattr(self, field_name)
-            if number is not None and not 0 <= number <= MAX_LOGPROBS:
-                raise InvalidArgument(field_name, number, f"0 to {MAX_LOGPROBS}")
         self._check_token_lists()
 
     def _check_token_lists(self) -> None:
@@ -81,10 +130,8 @@ class SamplingParams:
         if len(self.logit_bias) > MAX_LOGIT_BIAS_TOKENS:
             shown = f"{len(self.logit_bias)} tokens"
             raise InvalidArgument("logit_bias", shown, f"at most {MAX_LOGIT_BIAS_TOKENS}")
-        for token_id, bias in self.logit_bias:
-            if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
-                allowed = f"-{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"
-                raise InvalidArgument(f"logit_bias[{token_id}]", bias, allowed)
+        biases = ((i, as_carried("logit_bias", bias, f"[{i}]")) for i, bias in self.logit_bias)
+        object.__setattr__(self, "logit_bias", tuple(biases))
 
     def check_vocabulary(self, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         """Raise InvalidArgument unless the model has every token named, and one to choose."""

@@ -94,6 +94,26 @@ BAD: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
 ]
 
 
+async def test_a_number_is_shown_as_it_was_sent(tmp_path: Path) -> None:
+    """The wire made another one of it."""
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"temperature": 2.1}, "temperature: 2.1 is not allowed; allowed: 0 to 2"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty: 1e-38 is not allowed"),
+        ({"presence_penalty": -3.3}, "presence_penalty: -3.3 is not allowed"),
+        ({"logit_bias": {5: 100.1}}, "logit_bias[5]: 100.1 is not allowed"),
+    ]
+    async with (
+        scripted_cluster(tmp_path) as cluster,
+        connect(cluster.service.grpc_address, None) as c,
+    ):
+        stub: Any = generation_pb2_grpc.GenerationServiceStub(c)
+        for fields, shown in bad:
+            message = generation_pb2.GenerateRequest(**sampled(**fields))
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await stub.Generate(message, timeout=5).read()
+            assert (error.value.details() or "").startswith(shown)
+
+
 async def test_bad_requests_name_the_field(tmp_path: Path) -> None:
     async with (
         scripted_cluster(tmp_path) as cluster,

@@ -42,17 +42,16 @@ tokens = st.lists(uint32, max_size=20).map(tuple)
 samplings = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 2**31 - 1),
-    # The wire carries these as 32-bit floats.
-    temperature=st.floats(0, 2, width=32),
-    top_p=st.floats(0, 1, width=32, exclude_min=True),
+    temperature=st.floats(0, 2),
+    top_p=st.floats(1e-9, 1),
     top_k=st.integers(0, 2**31 - 1),
     seed=st.integers(0, MAX_SEED),
     ignore_eos=st.booleans(),
-    min_p=st.floats(0, 1, width=32),
-    repetition_penalty=st.floats(0, 2, width=32, exclude_min=True),
-    presence_penalty=st.floats(-2, 2, width=32),
-    frequency_penalty=st.floats(-2, 2, width=32),
-    logit_bias=st.dictionaries(uint32, st.floats(-100, 100, width=32), max_size=9).map(
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.01, 2),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(uint32, st.floats(-100, 100), max_size=9).map(
         lambda biases: tuple(sorted(biases.items()))
     ),
     stop_token_ids=st.lists(uint32, max_size=64).map(tuple),
@@ -91,7 +90,8 @@ decode_statuses = st.builds(
     max_rows=uint32, num_waiting=uint32, num_running=st.lists(uint32, max_size=4).map(tuple),
     num_free_pages=uint32, num_pages=uint32, page_size=uint32, step_cost=step_costs,
     prefill_tokens_per_s=seconds, expected_output_tokens=uint32, num_preemptions=uint64,
-    num_drafted=uint64, num_accepted=uint64, num_attended=st.lists(uint64, max_size=4).map(tuple),
+    num_failed_rows=uint64, num_drafted=uint64, num_accepted=uint64,
+    num_attended=st.lists(uint64, max_size=4).map(tuple),
     transfer_cost=st.builds(TransferCost, seconds, seconds),
 )  # fmt: skip
 prefill_statuses = st.builds(

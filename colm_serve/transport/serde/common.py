@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from colm_serve.core import (
+    FLOAT_FIELDS,
     FinishReason,
     KvLayout,
     Logprobs,
@@ -10,6 +11,7 @@ from colm_serve.core import (
     ScoredPrompt,
     StageTimings,
     TokenLogprob,
+    as_written,
 )
 from colm_serve.proto.colm.v1 import common_pb2
 from colm_serve.transport.serde.grammar import grammar_from_proto, grammar_to_proto
@@ -18,6 +20,8 @@ _REASONS = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
 }
+#: Floats whose absence does not mean 0.
+_NEUTRAL_AT_ONE = ("temperature", "top_p", "repetition_penalty")
 _REASONS_BACK = {value: key for key, value in _REASONS.items()}
 
 
@@ -31,24 +35,29 @@ def sampling_from_proto(
     """
     return SamplingParams(
         max_tokens=message.max_tokens if message.HasField("max_tokens") else max_tokens,
-        temperature=message.temperature if message.HasField("temperature") else 1.0,
-        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        **sampling_floats_from_proto(message),
         top_k=message.top_k,
         seed=message.seed if message.HasField("seed") else seed,
         ignore_eos=message.ignore_eos,
-        min_p=message.min_p,
-        repetition_penalty=(
-            message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
-        ),
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        logit_bias=tuple(sorted(message.logit_bias.items())),
+        logit_bias=logit_bias_from_proto(message),
         stop_token_ids=tuple(message.stop_token_ids),
         min_tokens=message.min_tokens,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         grammar=grammar_from_proto(message),
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
+
+
+def sampling_floats_from_proto(message: common_pb2.SamplingParams) -> dict[str, float]:
+    """The fields of `FLOAT_FIELDS`, as their sender most likely wrote them."""
+    floats = {field: as_written(getattr(message, field)) for field in FLOAT_FIELDS}
+    absent = (f for f in _NEUTRAL_AT_ONE if not message.HasField(f))
+    return floats | dict.fromkeys(absent, 1.0)
+
+
+def logit_bias_from_proto(message: common_pb2.SamplingParams) -> tuple[tuple[int, float], ...]:
+    """By token id, as their sender most likely wrote them."""
+    return tuple((i, as_written(bias)) for i, bias in sorted(message.logit_bias.items()))
 
 
 def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from colm_serve.config import RouterConfig
+from colm_serve.core import SamplingParams
 from colm_serve.errors import RowFailed
 from colm_serve.router.request import GenerationRequest, TokenPrompt
 from tests.router.cluster import (
@@ -248,6 +249,7 @@ async def test_models_health_and_metrics(tmp_path: Path) -> None:
             'colm:request_level_total{level="2"} 1.0',
             'colm:kv_cache_usage_perc{kind="decode",worker="d0"} 0.0',
             'colm:worker_reachable{kind="decode",worker="d0"} 1.0',
+            'colm:row_failures{kind="decode",worker="d0"} 2.0',
         ):
             assert line in lines
 
@@ -335,6 +337,47 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools"),
     (CHAT, {**HELLO, "guided_json": {"type": "object"}}, "guided_json"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ('"top_p": 1e-50', "top_p: 1e-50 is not allowed; allowed: 1e-09 to 1"),
+        ('"repetition_penalty": 1e-50', "repetition_penalty: 1e-50 is not allowed"),
+        ('"repetition_penalty": 1e-38', "repetition_penalty: 1e-38 is not allowed"),
+        ('"temperature": 2.1', "temperature: 2.1 is not allowed; allowed: 0 to 2"),
+        ('"temperature": 1e400', "temperature: inf is not allowed; allowed: 0 to 2"),
+        ('"presence_penalty": -1e300', "presence_penalty: -1e+300 is not allowed"),
+        ('"logit_bias": {"5": 100.1}', "logit_bias[5]: 100.1 is not allowed"),
+        (f'"min_p": {10**400}', "min_p: "),
+        (f'"top_k": -{10**400}', "top_k: "),
+        (f'"seed": {10**400}', "seed: "),
+    ],
+    ids=lambda text: text[:30],
+)
+async def test_a_number_is_shown_as_it_was_sent(tmp_path: Path, fields: str, shown: str) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        body = f'{{"prompt": "x", {fields}}}'
+        response = await cluster.http.post(COMPLETION, content=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"].startswith(shown)
+        assert cluster.worker.requests == []
+
+
+async def test_numbers_come_to_the_worker_as_the_router_checked_them(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        for temperature, carried in ((1e-50, 0.0), (1e-6, 0.0), (1e-3, 0.0010000000474974513)):
+            body = {
+                "prompt": "x", "max_tokens": 1, "seed": 1, "temperature": temperature,
+                "top_p": 1e-6, "min_p": 1e-50, "repetition_penalty": 0.01,
+            }  # fmt: skip
+            response = await cluster.http.post(COMPLETION, json=body)
+            assert response.status_code == 200, response.text
+            sampling = cluster.worker.requests[-1].sampling
+            assert sampling == SamplingParams(
+                1, temperature=temperature, top_p=1e-6, seed=1, min_p=0, repetition_penalty=0.01
+            )
+            assert sampling.temperature == carried
 
 
 async def test_bad_fields_are_named(tmp_path: Path) -> None:
