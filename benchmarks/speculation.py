@@ -82,6 +82,7 @@ class Decoder:
         [step] = self.speculation.draft([step])
         scores = run_pass(self._model, self._pool, [step.segment])
         [sampled] = self.speculation.sample([step], scores)
+        assert isinstance(sampled, Sampled), sampled
         self.speculation.learn([step], [sampled], [])
         tokens += sampled.tokens
         return sampled

@@ -55,6 +55,10 @@ class SequencePages:
         """Let later sequences find the blocks whose K and V are complete."""
         self._cache.publish(sequence.pages, self._digests(sequence, sequence.num_computed))
 
+    def withdraw(self, sequence: Sequence) -> None:
+        """Let nobody else find the sequence's blocks: what they hold is not to be trusted."""
+        self._ledger.withdraw(sequence.pages)
+
     def release(self, sequence: Sequence) -> None:
         self._ledger.release(sequence.pages)
         sequence.pages = ()

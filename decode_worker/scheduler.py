@@ -151,19 +151,22 @@ class DecodeScheduler:
         self._num_empty_turns = self._num_empty_turns + 1 if is_empty else 0
         return Turn(self._in_pass, readmitted, preempted)
 
-    def complete_turn(self, made: Iterable[Seq[int]]) -> list[Outcome | None]:
+    def complete_turn(self, made: Iterable[Seq[int] | None]) -> list[Outcome | None]:
         """The pass has been computed.
 
         Args:
-            made: for each slice the tokens that its step made; of a chunk none.
+            made: for each slice the tokens that its step made; of a chunk none. None: it failed,
+                and its sequence with it.
 
         Returns:
             For each slice what came of it; None where nobody wants the sequence any more.
         """
         slices, self._in_pass = self._in_pass, ()
-        return [
-            self._complete(part, tuple(tokens)) for part, tokens in zip(slices, made, strict=True)
-        ]
+        return [self._complete(part, tokens) for part, tokens in zip(slices, made, strict=True)]
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Let no later sequence find the blocks of this one: something in them is no number."""
+        self._pages.withdraw(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """Nobody wants the sequence any more: its pages are free now, or when its pass ends."""
@@ -276,11 +279,14 @@ class DecodeScheduler:
             budget -= chunks[-1].num_tokens
         return chunks
 
-    def _complete(self, part: Row | Chunk, tokens: tuple[int, ...]) -> Outcome | None:
+    def _complete(self, part: Row | Chunk, tokens: Seq[int] | None) -> Outcome | None:
         sequence = part.sequence
         if sequence.stage is Stage.FINISHED:
             self._drop(sequence)
             return None
+        if tokens is None:
+            self._drop(sequence)
+            return Outcome((), None)
         if isinstance(part, Chunk):
             sequence.num_computed += part.num_tokens
             sequence.num_prompt_scored += part.num_scored
@@ -289,7 +295,7 @@ class DecodeScheduler:
                 self._run(sequence)
             return Outcome((), None)
         assert 1 <= len(tokens) <= part.num_tokens, f"{len(tokens)} tokens of {part.num_tokens}"
-        kept, reason = sequence.extend(tokens)
+        kept, reason = sequence.extend(tuple(tokens))
         sequence.num_computed = sequence.num_prefill
         if reason is not None:
             self._pages.publish(sequence)

@@ -18,6 +18,7 @@ from colm_serve.config import SpeculationConfig
 from colm_serve.core import StepCost
 from colm_serve.decode_worker.sequence import Sequence, Stage
 from colm_serve.decode_worker.turn import Chunk, Row
+from colm_serve.engine.failed import Failed
 from colm_serve.engine.sampler import Run, Sampled, draft, sample
 from colm_serve.engine.speculation import AcceptanceRate, DraftController, Load, plan_drafts
 from colm_serve.engine.step import Scores, Segment, run_pass
@@ -83,7 +84,8 @@ class Speculation:
         """The steps with as many drafts as their rows are to verify, unless the text ends before.
 
         The token that would end it is left to the verification, which makes one more than the
-        drafts anyway: so nothing follows an end.
+        drafts anyway: so nothing follows an end. Likewise where drafting fails: the verification
+        tells whether the row does.
         """
         steps = list(steps)
         for depth in range(max((step.row.num_drafts for step in steps), default=0)):
@@ -99,12 +101,14 @@ class Speculation:
             scores = run_pass(self._model, self._pool, segments)
             tokens = draft(scores.logits_SV, [steps[i].run for i in drafting])
             for i, token in zip(drafting, tokens, strict=True):
+                if isinstance(token, Failed):
+                    continue
                 if token not in steps[i].row.sequence.ending_token_ids:
                     steps[i] = steps[i].with_draft(token)
         return steps
 
     @torch.inference_mode()
-    def sample(self, steps: Seq[Step], scores: Scores) -> list[Sampled]:
+    def sample(self, steps: Seq[Step], scores: Scores) -> list[Sampled | Failed]:
         """Each step's tokens, from the scores of the pass that verified its drafts.
 
         Draws of requests that are drafted for are speculated ones, drafts or none: see `Run`.
@@ -125,7 +129,7 @@ class Speculation:
                 runs[i] = replace(runs[i], drafter_logits_SV=part_SV)
         return sample(scores.logits_SV, runs)
 
-    def learn(self, steps: Seq[Step], sampled: Seq[Sampled], chunks: Seq[Chunk]) -> None:
+    def learn(self, steps: Seq[Step], sampled: Seq[object], chunks: Seq[Chunk]) -> None:
         """Note which drafts held, and set how many each sequence has in its next step."""
         self._turn += 1
         if self._turn % _TURNS_BETWEEN_PLANS and not any(s.row.sequence.num_drafts for s in steps):
@@ -133,6 +137,8 @@ class Speculation:
         running = []
         load = Load(self._model.num_chains)
         for step, made in zip(steps, sampled, strict=True):
+            if not isinstance(made, Sampled):
+                continue
             self._record(step, num_accepted=len(made.tokens) - 1)
             sequence = step.row.sequence
             if sequence.stage is Stage.RUNNING:

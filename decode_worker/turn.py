@@ -48,7 +48,7 @@ class Turn:
 
 
 class Outcome(NamedTuple):
-    """The tokens that a row's sequence has now more, and why it ended, if it did."""
+    """The tokens that a row's sequence has now more, and why its text ended, if it did."""
 
     tokens: tuple[int, ...]
     reason: FinishReason | None

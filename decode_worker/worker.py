@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from functools import partial
+
+from torch import Tensor
 
 from colm_serve.config import DecodeConfig
 from colm_serve.core import (
@@ -29,13 +33,22 @@ from colm_serve.decode_worker.speculation import Speculation, Step
 from colm_serve.decode_worker.step_meter import StepMeter
 from colm_serve.decode_worker.turn import Chunk, Row, Turn
 from colm_serve.engine.compute_thread import ComputeThread
+from colm_serve.engine.failed import Failed, attempt
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import Run, Sampled, logprobs_of
+from colm_serve.engine.sampler import Run, Sampled, best_tokens, logprobs_of, no_numbers
+from colm_serve.engine.self_test import SelfTest
 from colm_serve.engine.step import Segment, run_pass
 from colm_serve.engine.step_cost import measure_step_cost
-from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable, UnknownRequest
+from colm_serve.errors import (
+    ColmError,
+    Incompatible,
+    InvalidArgument,
+    Unavailable,
+    UnknownRequest,
+    WorkerFailed,
+)
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
 from colm_serve.model.checkpoint import LoadedModel
@@ -55,6 +68,8 @@ class Readmitted:
 SequenceNews = PromptComplete | Readmitted | ScoredPrompt | DecodedToken | FinishReason | ColmError
 #: Called with what became of a sequence, mostly on the compute thread; must not block.
 SequenceSink = Callable[[SequenceNews], object]
+#: What a turn made of its slices, but for prompts of which only K and V are wanted.
+_Made = dict[Row | Chunk, Sampled | ScoredPrompt | Failed]
 
 
 class DecodeWorker:
@@ -77,11 +92,13 @@ class DecodeWorker:
         self.kv_identity = loaded.kv_identity
         self.grammars = GrammarCompiler(loaded.folder, loaded.model.config)
         self.num_steps = 0
+        self.num_failed_rows = 0
         self._model = loaded.model
         self._config = config
         self._worker_id = worker_id
         self._epoch = epoch
         self._variant = variant
+        self._self_test = SelfTest(loaded, config.page_size)
         step_cost = measure_step_cost(loaded.model, self.pool)
         self._meter = StepMeter(step_cost)
         self._speculation = Speculation(loaded.model, self.pool, step_cost, config.speculation)
@@ -130,6 +147,7 @@ class DecodeWorker:
             InvalidArgument: an empty prompt, a token id or level that is not allowed, more
                 tokens than the context holds, or more resumed ones than the prompt.
             ResourceExhausted: there is no room now.
+            RowFailed: the request's rules cannot be followed.
             Unavailable: the worker is stopping or broken.
         """
         self._check(request)
@@ -138,7 +156,13 @@ class DecodeWorker:
             sequence = self._scheduler.admit(request)
             self._sinks[sequence] = sink
             eos_token_ids = self._model.config.eos_token_ids
-            processor = LogitsProcessor.make(request, sequence.tokens, eos_token_ids, grammar)
+            processor = attempt(
+                partial(LogitsProcessor.make, request, sequence.tokens, eos_token_ids, grammar)
+            )
+            if isinstance(processor, Failed):
+                self._note_failed(sequence, processor.error)
+                self.release(sequence)
+                raise processor.error
             if processor is not None:
                 self._processors[sequence] = processor
             if request.sampling.prompt_logprobs is not None:
@@ -220,6 +244,7 @@ class DecodeWorker:
                 prefill_tokens_per_s=self._prefill_rate.per_s or 0.0,
                 expected_output_tokens=self._config.expected_output_tokens,
                 num_preemptions=self._scheduler.num_preemptions,
+                num_failed_rows=self.num_failed_rows,
                 num_drafted=self._speculation.num_drafted,
                 num_accepted=self._speculation.num_accepted,
                 num_attended=self._scheduler.num_attended(self._model.num_chains),
@@ -268,59 +293,73 @@ class DecodeWorker:
                 )  # fmt: skip
             for sequence in turn.readmitted:
                 self._sinks[sequence](Readmitted())
-            steps = [self._step(part) for part in turn.slices if isinstance(part, Row)]
-            chunks = [part for part in turn.slices if isinstance(part, Chunk)]
-            segments = {chunk: self._segment(chunk) for chunk in chunks}
-        stored = [chunk for chunk in chunks if not chunk.num_scored]
-        steps = self._speculation.draft(steps)
-        sampled = self._run_rows(steps, stored, [segments[chunk] for chunk in stored])
-        scored = [chunk for chunk in chunks if chunk.num_scored]
-        logprobs = self._score_prompts(scored, [segments[chunk] for chunk in scored])
+            ready = {part: attempt(partial(self._prepare, part)) for part in turn.slices}
         if not turn.slices:
             return
+        made: _Made = {part: it for part, it in ready.items() if isinstance(it, Failed)}
+        steps = self._speculation.draft([it for it in ready.values() if isinstance(it, Step)])
+        chunks = {
+            part: it
+            for part, it in ready.items()
+            if isinstance(part, Chunk) and isinstance(it, Segment)
+        }
+        stored = {chunk: it for chunk, it in chunks.items() if not chunk.num_scored}
+        made |= self._run_rows(steps, stored)
+        made |= self._score_prompts({c: it for c, it in chunks.items() if c.num_scored})
+        self._check_model(made)
         with self._compute.lock:
             self.num_steps += bool(steps)
-            self._complete(turn, sampled, logprobs)
-            self._speculation.learn(steps, sampled, stored)
+            self._complete(turn, made)
+            self._speculation.learn(steps, [made[step.row] for step in steps], list(stored))
         if steps and not chunks and not any(step.run.drafts for step in steps):
             rows = ((step.row.level, step.segment.stop) for step in steps)
             self._meter.note(rows, time.perf_counter() - begin)
 
-    def _run_rows(
-        self, steps: list[Step], chunks: list[Chunk], chunk_segments: list[Segment]
-    ) -> list[Sampled]:
+    def _run_rows(self, steps: list[Step], chunks: Mapping[Chunk, Segment]) -> _Made:
         """One pass over the rows, with the prompts whose K and V it stores behind them."""
         if not (steps or chunks):
-            return []
+            return {}
         begin = time.perf_counter()
-        segments = [*(step.segment for step in steps), *chunk_segments]
+        segments = [*(step.segment for step in steps), *chunks.values()]
         scores = run_pass(self._model, self.pool, segments)
         sampled = self._speculation.sample(steps, scores)
+        made: _Made = dict(zip((step.row for step in steps), sampled, strict=True))
+        for chunk, segment in chunks.items():
+            if not self.pool.are_numbers(segment.table, segment.start, segment.stop):
+                made[chunk] = no_numbers()
         if chunks:
             num_tokens = sum(chunk.num_tokens for chunk in chunks)
             self._prefill_rate.add(num_tokens, time.perf_counter() - begin)
-        return sampled
+        return made
 
-    def _score_prompts(
-        self, chunks: list[Chunk], segments: list[Segment]
-    ) -> dict[Chunk, ScoredPrompt]:
+    def _score_prompts(self, chunks: Mapping[Chunk, Segment]) -> _Made:
         """What the prompts' own levels say of their tokens, in a pass of its own."""
         if not chunks:
             return {}
-        scores = run_pass(self._model, self.pool, segments)
+        scores = run_pass(self._model, self.pool, list(chunks.values()))
         parts = scores.logits_SV.split([chunk.num_scored for chunk in chunks])
-        logprobs = {}
-        for chunk, segment, logits_TV in zip(chunks, segments, parts, strict=True):
-            followers = chunk.sequence.tokens[segment.start + 1 : segment.stop + 1]
-            num_top = chunk.sequence.request.sampling.prompt_logprobs or 0
-            logprobs[chunk] = ScoredPrompt(tuple(logprobs_of(logits_TV, followers, num_top)))
-        return logprobs
+        return {
+            chunk: attempt(partial(_score_prompt, chunk, segment, logits_TV))
+            for (chunk, segment), logits_TV in zip(chunks.items(), parts, strict=True)
+        }
 
-    def _step(self, row: Row) -> Step:
-        sequence = row.sequence
+    def _check_model(self, made: _Made) -> None:
+        """Raise WorkerFailed when the model gives no numbers for its own test either.
+
+        Then requests hear that the worker is gone, and go on at another one. Where it passes, only
+        those fail whose scores these were: they would elsewhere too.
+        """
+        is_doubtful = any(isinstance(it, Failed) and it.is_of_model for it in made.values())
+        if is_doubtful and not self._self_test.passes():
+            raise WorkerFailed("the model's scores are not all numbers, whatever the text")
+
+    def _prepare(self, part: Row | Chunk) -> Step | Segment:
+        if isinstance(part, Chunk):
+            return self._segment(part)
+        sequence = part.sequence
         processor = self._processors.get(sequence)
         run = Run(sequence.request.sampling, len(sequence.tokens), processor)
-        return Step(row, self._segment(row._replace(num_drafts=0)), run)
+        return Step(part, self._segment(part._replace(num_drafts=0)), run)
 
     def _segment(self, part: Row | Chunk) -> Segment:
         sequence, start = part.sequence, part.sequence.num_computed
@@ -334,37 +373,62 @@ class DecodeWorker:
             table = self._tables[sequence] = self.pool.table(sequence.pages)
         return table
 
-    def _complete(
-        self, turn: Turn, sampled: list[Sampled], logprobs: dict[Chunk, ScoredPrompt]
-    ) -> None:
+    def _complete(self, turn: Turn, made: _Made) -> None:
         """Tell the sinks what the pass made of each row and each prompt."""
-        of_rows = iter(sampled)
-        results = [next(of_rows) if isinstance(p, Row) else Sampled([]) for p in turn.slices]
-        outcomes = self._scheduler.complete_turn([result.tokens for result in results])
+        results = [made.get(part) for part in turn.slices]
+        for part, result in zip(turn.slices, results, strict=True):
+            if isinstance(result, Failed) and result.is_of_model:
+                self._scheduler.withdraw(part.sequence)
+        outcomes = self._scheduler.complete_turn(map(_tokens, results))
         for part, result, outcome in zip(turn.slices, results, outcomes, strict=True):
             if outcome is None:
                 continue
-            sink = self._sinks[part.sequence]
-            if isinstance(part, Chunk):
-                if part in logprobs:
-                    sink(logprobs[part])
-                if part.sequence.stage is Stage.RUNNING:
-                    sink(PromptComplete())
-                continue
-            failure = _failure(self._processors.get(part.sequence)) if outcome.reason else None
-            if failure is not None:
-                sink(failure)
-                continue
-            for index, token in enumerate(outcome.tokens):
-                of_token = result.logprobs[index] if result.logprobs else None
-                sink(DecodedToken(token, part.level, of_token))
+            sequence, sink = part.sequence, self._sinks[part.sequence]
+            broken = self._broken_rule(sequence) if outcome.reason else None
+            match broken or result:
+                case Failed(error):
+                    self._note_failed(sequence, error)
+                    sink(error)
+                    continue
+                case ScoredPrompt() as scored:
+                    sink(scored)
+                case Sampled() as sampled:
+                    for index, token in enumerate(outcome.tokens):
+                        of_token = sampled.logprobs[index] if sampled.logprobs else None
+                        sink(DecodedToken(token, part.level, of_token))
             if outcome.reason is not None:
                 sink(outcome.reason)
+            if isinstance(part, Chunk) and sequence.stage is Stage.RUNNING:
+                sink(PromptComplete())
+
+    def _broken_rule(self, sequence: Sequence) -> Failed | None:
+        """Why a text that has ended is not what was asked for; None when it is."""
+        processor = self._processors.get(sequence)
+        error = None if processor is None else attempt(processor.failure)
+        return Failed(error) if isinstance(error, ColmError) else error
+
+    def _note_failed(self, sequence: Sequence, error: ColmError) -> None:
+        self.num_failed_rows += 1
+        logger.warning(
+            "request %s: failed alone: %s",
+            sequence.request.request_id, error, exc_info=error.__cause__,
+        )  # fmt: skip
 
     def _fail_all(self, error: Unavailable) -> None:
         for sink in self._sinks.values():
             sink(error)
 
 
-def _failure(processor: LogitsProcessor | None) -> InvalidArgument | None:
-    return None if processor is None else processor.failure()
+def _score_prompt(chunk: Chunk, segment: Segment, logits_TV: Tensor) -> ScoredPrompt | Failed:
+    if None in best_tokens(logits_TV):
+        return no_numbers()
+    followers = chunk.sequence.tokens[segment.start + 1 : segment.stop + 1]
+    num_top = chunk.sequence.request.sampling.prompt_logprobs or 0
+    return ScoredPrompt(tuple(logprobs_of(logits_TV, followers, num_top)))
+
+
+def _tokens(made: Sampled | ScoredPrompt | Failed | None) -> Seq[int] | None:
+    """Those that a slice made; None: its sequence has failed."""
+    if isinstance(made, Failed):
+        return None
+    return made.tokens if isinstance(made, Sampled) else ()

@@ -17,7 +17,7 @@ from colm_serve.decode_worker.service import DecodeService
 from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.engine.loading import load_for_serving
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import Run, sample
+from colm_serve.engine.sampler import Run, Sampled, sample
 from colm_serve.model.checkpoint import load_model, save_model
 from colm_serve.model.config import ColmConfig
 from colm_serve.model.cpu_model import CpuModel
@@ -107,7 +107,15 @@ def generate_alone(
 
 def sample_rows(logits_BV: torch.Tensor, *runs: Run) -> list[int]:
     """The token of each row, none of which has drafts."""
-    return [token for sampled in sample(logits_BV, runs) for token in sampled.tokens]
+    return [token for sampled in sample_all(logits_BV, runs) for token in sampled.tokens]
+
+
+def sample_all(logits_SV: torch.Tensor, runs: Sequence[Run]) -> list[Sampled]:
+    """As `sample`, where none fails."""
+    made = sample(logits_SV, runs)
+    done = [sampled for sampled in made if isinstance(sampled, Sampled)]
+    assert len(done) == len(made), made
+    return done
 
 
 @torch.inference_mode()

@@ -57,16 +57,20 @@ BORDERS = {
 }  # fmt: skip
 
 
+def with_field(field: str, value: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 8, field: value})
+
+
 @pytest.mark.parametrize("field", FLOAT_FIELDS)
 def test_borders_are_those_of_the_number_that_the_wire_carries(field: str) -> None:
     for border, beyond in zip(BORDERS[field], (-math.inf, math.inf), strict=True):
         carried = np.float32(border)
         # A double that rounds to the border is the border.
         for value in (border, float(carried), float(np.nextafter(border, beyond))):
-            assert getattr(SamplingParams(8, **{field: value}), field) == float(carried)
+            assert getattr(with_field(field, value), field) == float(carried)
         first_bad = float(np.nextafter(carried, np.float32(beyond)))
         with pytest.raises(InvalidArgument, match=field):
-            SamplingParams(8, **{field: first_bad})
+            with_field(field, first_bad)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_borders_are_those_of_the_number_that_the_wire_carries(field: str) -> No
 )
 def test_the_number_that_was_sent_is_shown(field: str, value: Any, shown: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        SamplingParams(**{"max_tokens": 8, field: value})
+        with_field(field, value)
     assert str(caught.value).startswith(shown)
 
 

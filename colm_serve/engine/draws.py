@@ -37,7 +37,11 @@ def uniform(seed: int, position: int, purpose: Purpose = Purpose.TOKEN) -> float
 
 
 def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
-    """[V] probabilities in fp64 after temperature, top-k, min-p and top-p, in this order."""
+    """[V] probabilities in fp64 after temperature, top-k, min-p and top-p, in this order.
+
+    Args:
+        logits_V: finite, or -inf where a token is not to be drawn, but not everywhere.
+    """
     scores_V = logits_V.double() / params.temperature
     if 0 < params.top_k < len(scores_V):
         best, order = scores_V.topk(params.top_k)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from colm_serve.core import MAX_LOGPROBS, Logprobs, SamplingParams, TokenLogprob
 from colm_serve.engine.draws import distribution, draw, draw_speculated
+from colm_serve.engine.failed import Failed, attempt
 from colm_serve.engine.logits_processor import LogitsProcessor
+from colm_serve.errors import RowFailed
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,17 @@ class Run:
         return 1 + len(self.drafts)
 
     def choose(self, index: int, logits_V: Tensor, best: int) -> int:
-        """The token after the first `index` drafts, given its scores and the best of them."""
+        """The token after the first `index` drafts, given its scores and the best of them.
+
+        Raises:
+            RowFailed: the rules leave no token to choose, or scores that are no numbers.
+        """
+        token = self._choose(index, logits_V, best)
+        if not 0 <= token < len(logits_V):
+            raise RowFailed(f"token {token} was chosen of a vocabulary of {len(logits_V)}")
+        return token
+
+    def _choose(self, index: int, logits_V: Tensor, best: int) -> int:
         greedy = self.sampling.temperature == 0
         if greedy and self.processor is None:
             return best
@@ -64,40 +77,64 @@ class Run:
         return draw_speculated(p_V, q_V, self.sampling, position)
 
     def _process(self, index: int, logits_V: Tensor) -> Tensor:
-        if self.processor is None:
-            return logits_V
-        return self.processor.process(logits_V, self.drafts[:index])
+        if self.processor is not None:
+            logits_V = self.processor.process(logits_V, self.drafts[:index])
+        if None in best_tokens(logits_V[None]):
+            raise RowFailed("its sampling rules leave no score, or one that is not a number")
+        return logits_V
 
 
-def sample(logits_SV: Tensor, runs: Sequence[Run]) -> list[Sampled]:
+def best_tokens(logits_SV: Tensor) -> list[int | None]:
+    """The best token of each row; None where there is no telling.
+
+    That is where a score is NaN or inf, or where all are -inf: this is what tokens have that are
+    ruled out. The greatest score shows each of these, and its place comes with it.
+    """
+    greatest, best = logits_SV.max(dim=-1)
+    is_known = greatest.isfinite().tolist()
+    return [b if known else None for b, known in zip(best.tolist(), is_known, strict=True)]
+
+
+def no_numbers() -> Failed:
+    """The model itself does not say which token is best."""
+    error = RowFailed("the model's scores after this text are not all numbers")
+    return Failed(error, is_of_model=True)
+
+
+def sample(logits_SV: Tensor, runs: Sequence[Run]) -> list[Sampled | Failed]:
     """Each run's tokens: the drafts as far as the model makes them too, then one of its own.
+
+    A run that fails does so alone.
 
     Args:
         logits_SV: [S, V] scores of all runs' rows, one run after the other.
         runs: with `num_rows` rows each.
     """
-    best = logits_SV.argmax(dim=-1).tolist()
+    best = best_tokens(logits_SV)
     bounds = pairwise([0, *accumulate(run.num_rows for run in runs)])
     return [
-        _sample_run(run, logits_SV[first:end], best[first:end])
+        attempt(partial(_sample_run, run, logits_SV[first:end], best[first:end]))
         for run, (first, end) in zip(runs, bounds, strict=True)
     ]
 
 
-def draft(logits_BV: Tensor, runs: Sequence[Run]) -> list[int]:
+def draft(logits_BV: Tensor, runs: Sequence[Run]) -> list[int | Failed]:
     """The drafter's token after each run's drafts, given its own scores there, [B, V]."""
-    best = logits_BV.argmax(dim=-1).tolist()
     return [
-        run.choose(len(run.drafts), logits_V, b)
-        for run, logits_V, b in zip(runs, logits_BV, best, strict=True)
+        no_numbers() if b is None else attempt(partial(run.choose, len(run.drafts), logits_V, b))
+        for run, logits_V, b in zip(runs, logits_BV, best_tokens(logits_BV), strict=True)
     ]
 
 
-def _sample_run(run: Run, logits_SV: Tensor, best: Sequence[int]) -> Sampled:
+def _sample_run(run: Run, logits_SV: Tensor, best_S: Sequence[int | None]) -> Sampled | Failed:
     tokens: list[int] = []
     for expected in (*run.drafts, None):
         index = len(tokens)
-        tokens.append(run.choose(index, logits_SV[index], best[index]))
+        # What follows a draft that does not hold is not looked at: it is not of this text.
+        best = best_S[index]
+        if best is None:
+            return no_numbers()
+        tokens.append(run.choose(index, logits_SV[index], best))
         if tokens[-1] != expected:
             break
     num_top = run.sampling.logprobs

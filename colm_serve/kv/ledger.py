@@ -92,6 +92,14 @@ class PageLedger:
             self._page_of[digest] = page
             self._digest_of[page] = digest
 
+    def withdraw(self, pages: Iterable[int]) -> None:
+        """Let nobody find these held pages any more; who holds them goes on."""
+        for page in pages:
+            assert self._num_holders[page] > 0, f"page {page} is not held"
+            digest = self._digest_of.pop(page, None)
+            if digest is not None:
+                del self._page_of[digest]
+
     def release(self, pages: Sequence[int]) -> None:
         """Let go of held pages; those nobody holds any more become idle or free."""
         # Last block first: a prefix's tail is evicted before its head, which others may share.

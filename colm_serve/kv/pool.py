@@ -87,6 +87,16 @@ class KvPool:
         """K and V of one token in one layer."""
         return self.layout.num_elements_per_token * self._slots.element_size()
 
+    def are_numbers(self, table: BlockTable, start: int, stop: int) -> bool:
+        """Whether what the model made of tokens [start, stop) is finite.
+
+        A NaN or inf of any layer stays in a token's hidden state, so the last layer's keys and
+        values have it too.
+        """
+        return all(
+            bool(self._slots[-1, :, slots].isfinite().all()) for slots in table.slots(start, stop)
+        )
+
     def table(self, pages: Sequence[int]) -> BlockTable:
         return BlockTable(tuple(pages), self.page_size)
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from colm_serve.decode_worker.sequence import Sequence, Stage
-from colm_serve.decode_worker.turn import Chunk, Row, Turn
+from colm_serve.decode_worker.turn import Chunk, Outcome, Row, Turn
 from colm_serve.errors import InvalidArgument, ResourceExhausted
 from tests.decode_worker.scheduling import EOS, PAGE_SIZE, make_request, make_scheduler
 
@@ -144,22 +144,38 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "an older one was preempted before a younger"
             )
 
-    @rule(num_made=st.integers(1, 4), token=st.sampled_from([1, 2, EOS]))
-    def end_turn(self, num_made: int, token: int) -> None:
-        """Each row makes so many tokens, or what its drafts allow; the last may end its text."""
+    @rule(
+        num_made=st.integers(1, 4),
+        token=st.sampled_from([1, 2, EOS]),
+        failing=st.none() | st.integers(0, 5),
+    )
+    def end_turn(self, num_made: int, token: int, failing: int | None = None) -> None:
+        """Each row makes so many tokens, or what its drafts allow; the last may end its text.
+
+        The `failing`-th slice makes none, and what its sequence has in its pages is worth nothing.
+        """
         if self.turn is None:
             return
-        made = []
-        for part in self.turn.slices:
+        made: list[tuple[int, ...] | None] = []
+        for i, part in enumerate(self.turn.slices):
             most = part.num_tokens if isinstance(part, Row) else 0
             tokens = [*[2, 1, 2, 1][: num_made - 1], token][:most]
-            made.append(tuple(tokens))
+            made.append(None if i == failing else tuple(tokens))
             self.write(part, tokens)
+            if i == failing:
+                self.scheduler.withdraw(part.sequence)
+                own = [p for p in part.sequence.pages if self.ledger._num_holders[p] == 1]
+                self.memory |= {(p, slot): GARBAGE for p in own for slot in range(PAGE_SIZE)}
         turn, self.turn = self.turn, None
         outcomes = self.scheduler.complete_turn(made)
         for part, tokens_made, outcome in zip(turn.slices, made, outcomes, strict=True):
             if outcome is None:
                 assert part.sequence not in self.live
+                continue
+            if tokens_made is None:
+                assert outcome == Outcome((), None)
+                assert not part.sequence.pages, "a failed sequence kept pages"
+                self.live.remove(part.sequence)
                 continue
             self.texts[part.sequence] += outcome.tokens
             assert outcome.tokens == tokens_made[: len(outcome.tokens)]

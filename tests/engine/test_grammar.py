@@ -20,11 +20,11 @@ from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.engine.grammar import GrammarState
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import Run, sample
+from colm_serve.engine.sampler import Run
 from colm_serve.errors import InvalidArgument
 from colm_serve.grammar import Grammar, GrammarKind
 from colm_serve.model.vocabulary import load_tokenizer, text_vocabulary
-from tests.helpers import TINY
+from tests.helpers import TINY, sample_all
 from tests.router.cluster import save_tokenizer, trained_tokenizer
 from tests.router.scripted import END_OF_TEXT, VOCAB_SIZE
 
@@ -354,7 +354,7 @@ def test_drafts_do_not_change_the_text(
         while tokens[-1] != END_OF_TEXT:
             drafts = drafts_after(len(tokens))
             rows = [scores(len(tokens) + i) for i in range(1 + len(drafts))]
-            [got] = sample(torch.stack(rows), [Run(sampling, len(tokens), rules, drafts)])
+            [got] = sample_all(torch.stack(rows), [Run(sampling, len(tokens), rules, drafts)])
             has_end = END_OF_TEXT in got.tokens
             tokens += got.tokens[: got.tokens.index(END_OF_TEXT) + 1] if has_end else got.tokens
         assert rules.failure() is None

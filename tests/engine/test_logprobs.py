@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import Run, sample
+from colm_serve.engine.sampler import Run
+from tests.helpers import sample_all
 
 
 def scores(num_rows: int, vocab_size: int = 40, seed: int = 0) -> torch.Tensor:
@@ -26,7 +27,7 @@ def test_they_are_the_log_softmax_of_the_models_scores(temperature: float, num_t
     )
     request = DecodeRequest("r", (1,), 1, asked, (), "")
     processor = LogitsProcessor.make(request, [1], ())
-    [sampled] = sample(logits_BV, [Run(asked, 1, processor)])
+    [sampled] = sample_all(logits_BV, [Run(asked, 1, processor)])
     expected = torch.log_softmax(logits_BV[0].double(), dim=0)
     assert sampled.logprobs is not None
     [got] = sampled.logprobs
@@ -40,14 +41,16 @@ def test_they_are_the_log_softmax_of_the_models_scores(temperature: float, num_t
 
 
 def test_a_vocabulary_may_be_smaller_than_the_number_asked() -> None:
-    [sampled] = sample(scores(1, vocab_size=3), [Run(SamplingParams(1, logprobs=20), 1)])
+    [sampled] = sample_all(scores(1, vocab_size=3), [Run(SamplingParams(1, logprobs=20), 1)])
     assert sampled.logprobs is not None
     assert len(sampled.logprobs[0].top) == 3
 
 
 def test_only_rows_that_ask_have_them() -> None:
     plain, asked = Run(SamplingParams(1), 1), Run(SamplingParams(1, logprobs=0), 1)
-    have = [sampled.logprobs is not None for sampled in sample(scores(3), [plain, asked, plain])]
+    have = [
+        sampled.logprobs is not None for sampled in sample_all(scores(3), [plain, asked, plain])
+    ]
     assert have == [False, True, False]
 
 
@@ -62,7 +65,7 @@ def test_a_rows_do_not_depend_on_the_others(seed: int, num_top: int, has_ties: b
         Run(SamplingParams(1, temperature=0, logprobs=20), 3),
         Run(SamplingParams(1), 4),
     ]
-    [alone] = sample(logits_BV[:1], [mine])
-    together = sample(logits_BV, [mine, *others])
-    turned = sample(logits_BV.flip(0), [*others, mine])
+    [alone] = sample_all(logits_BV[:1], [mine])
+    together = sample_all(logits_BV, [mine, *others])
+    turned = sample_all(logits_BV.flip(0), [*others, mine])
     assert alone == together[0] == turned[2]

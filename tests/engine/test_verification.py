@@ -14,13 +14,14 @@ from torch import Tensor
 
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.engine.logits_processor import LogitsProcessor
-from colm_serve.engine.sampler import Run, Sampled, draft, sample
+from colm_serve.engine.sampler import Run, Sampled, draft
 from tests.helpers import (
     TINY,
     generate_alone,
     make_model_folder,
     next_logits,
     p_value,
+    sample_all,
     whole_model,
 )
 
@@ -77,10 +78,11 @@ class Speculation:
         run = Run(self._sampling, len(self.tokens), self._processor)
         for _ in range(self._num_drafts):
             [token] = draft(self._scores(run, DRAFT_LEVEL)[-1:], [run])
+            assert isinstance(token, int)
             run = replace(run, drafts=(*run.drafts, token))
         if self._sampling.temperature > 0:
             run = replace(run, drafter_logits_SV=self._scores(run, DRAFT_LEVEL))
-        [sampled] = sample(self._scores(run, LEVEL), [run])
+        [sampled] = sample_all(self._scores(run, LEVEL), [run])
         self.tokens += sampled.tokens
         self.num_drafted += len(run.drafts)
         self.num_accepted += len(sampled.tokens) - 1
@@ -142,8 +144,8 @@ def test_the_first_tokens_are_jointly_distributed_as_the_model_has_them(
 def test_runs_of_a_batch_are_sampled_each_by_itself(score: Score) -> None:
     runs = [Run(replace(SAMPLED, seed=i), 5, drafts=(2, 3)[:i]) for i in range(3)]
     logits_SV = torch.stack([score((*PROMPT, i), LEVEL) for i in range(6)])
-    together = sample(logits_SV, runs)
-    apart = [sample(logits_SV[first:end], [run]) for run, first, end in zip(
+    together = sample_all(logits_SV, runs)
+    apart = [sample_all(logits_SV[first:end], [run]) for run, first, end in zip(
         runs, (0, 1, 3), (1, 3, 6), strict=True
     )]  # fmt: skip
     assert [[sampled] for sampled in together] == apart
@@ -159,7 +161,7 @@ def test_a_run_ends_with_the_first_token_that_was_not_drafted() -> None:
         ((1, 0, 3), [1, 2]),
         ((1, 2, 3), [1, 2, 3, 0]),
     ):
-        [sampled] = sample(logits_SV[: 1 + len(drafts)], [Run(greedy, 9, drafts=drafts)])
+        [sampled] = sample_all(logits_SV[: 1 + len(drafts)], [Run(greedy, 9, drafts=drafts)])
         assert sampled.tokens == tokens
         assert sampled.logprobs is not None
         assert [logprobs.chosen.token_id for logprobs in sampled.logprobs] == tokens

@@ -75,6 +75,14 @@ class LedgerMachine(RuleBasedStateMachine):
             if not self.is_held(page) and page in self.digest_of:
                 self.idle.append(page)
 
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        pages = data.draw(st.sampled_from(self.sequences))
+        self.ledger.withdraw(pages)
+        for page in pages:
+            self.digest_of.pop(page, None)
+
     @invariant()
     def agrees(self) -> None:
         self.ledger.check_integrity()
