@@ -13,6 +13,7 @@ class PrefillJob:
 
     The first `num_cached` of them were in the prefix cache when it got its pages, and its
     receiver has those before `num_sent`. `num_overtaking_pages` went to later jobs before.
+    Nothing is computed of one that `is_cancelled`.
     """
 
     request: PrefillRequest

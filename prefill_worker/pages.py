@@ -64,6 +64,10 @@ class LedgerPages:
         digests = self._digests(job, job.num_computed, first_block)
         self._cache.publish(job.pages[first_block:], digests)
 
+    def withdraw(self, job: PrefillJob) -> None:
+        """Let no later prompt find the job's blocks: something in them is no number."""
+        self._ledger.withdraw(job.pages)
+
     def release(self, job: PrefillJob) -> None:
         self._ledger.release(job.pages)
         job.pages = ()

@@ -12,7 +12,7 @@ own number of pages in all, then everybody behind it waits. So none starves.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from colm_serve.core import PrefillRequest
@@ -131,11 +131,19 @@ class PrefillScheduler:
         self._in_pass = tuple(ScheduledChunk(job, num) for job, num in num_tokens.items() if num)
         return self._in_pass
 
-    def complete_pass(self, *, is_computed: bool = True) -> None:
-        """The chunks last given out have been computed, or given up since nobody wants them."""
+    def complete_pass(
+        self, *, is_computed: bool = True, failed: Collection[PrefillJob] = ()
+    ) -> None:
+        """The chunks last given out have been computed, or given up since nobody wants them.
+
+        Of `failed` jobs nothing more is computed; they keep their pages until `finish`.
+        """
         chunks, self._in_pass = self._in_pass, ()
         for chunk in chunks:
-            if is_computed:
+            if chunk.job in failed and not chunk.job.is_cancelled:
+                chunk.job.is_cancelled = True
+                continue
+            if is_computed and chunk.job not in failed:
                 chunk.job.num_computed += chunk.num_tokens
                 self._pages.publish(chunk.job, chunk.num_tokens)
             if chunk.job.is_cancelled:

@@ -6,8 +6,9 @@ packing and sending them is the service's business, on other threads, while the 
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from colm_serve.config import PrefillConfig
@@ -16,8 +17,16 @@ from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.loading import kv_layout, make_pool
 from colm_serve.engine.prefill import PrefillChunk, run_prefill
 from colm_serve.engine.prefill_cost import measure_prefill_cost
+from colm_serve.engine.self_test import SelfTest
 from colm_serve.engine.sparse.sparsity import make_sparsity
-from colm_serve.errors import ColmError, Incompatible, InvalidArgument, Unavailable
+from colm_serve.errors import (
+    ColmError,
+    Incompatible,
+    InvalidArgument,
+    RowFailed,
+    Unavailable,
+    WorkerFailed,
+)
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
 from colm_serve.latency.prefill_fit import PrefillFit
@@ -27,6 +36,8 @@ from colm_serve.prefill_worker.job import PrefillJob
 from colm_serve.prefill_worker.pages import LedgerPages
 from colm_serve.prefill_worker.scheduler import PrefillScheduler, ScheduledChunk
 from colm_serve.transport.codecs import get_codec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,13 +107,15 @@ class PrefillWorker:
         self._sparsity = make_sparsity(config.sparse, loaded.model.config)
         self._worker_id = worker_id
         self._ledger = PageLedger(config.num_pages)
+        self._pages = LedgerPages(self._ledger, config.page_size, loaded.kv_identity.encode())
         self._scheduler = PrefillScheduler(
-            LedgerPages(self._ledger, config.page_size, loaded.kv_identity.encode()),
+            self._pages,
             chunk_tokens=config.chunk_tokens,
             max_queued=config.max_queued,
         )
         self._watches: dict[PrefillJob, _Watch] = {}
         self._tables: dict[PrefillJob, BlockTable] = {}
+        self._self_test = SelfTest(loaded, config.page_size, with_head=False)
         self._tokens_per_s = 0.0
         self._fit = PrefillFit(measure_prefill_cost(loaded.model, self.pool, config.chunk_tokens))
         self._num_computed_tokens = 0
@@ -227,21 +240,32 @@ class PrefillWorker:
                     watch.begin = watch.begin or begin
         if not passes:
             return
+        failed: set[PrefillJob] = set()
+
+        def stored(layer: int) -> None:
+            if layer == self.layout.num_layers - 1:
+                failed.update(self._without_numbers(chunks, passes))
+            self._announce(layer, [chunk for chunk in chunks if chunk.job not in failed])
+
         try:
-            run_prefill(
-                self._model,
-                self.pool,
-                passes,
-                lambda layer: self._announce(layer, chunks),
-                self._sparsity,
-            )
+            run_prefill(self._model, self.pool, passes, stored, self._sparsity)
         except _Abandoned:
             with self._compute.lock:
                 self._scheduler.complete_pass(is_computed=False)
                 self._announce_cached()
         else:
             self._measure(passes, time.perf_counter() - begin)
-            self._complete(chunks)
+            if failed and not self._self_test.passes():
+                raise WorkerFailed("the model's keys and values are not all numbers")
+            self._complete(chunks, failed)
+
+    def _without_numbers(
+        self, chunks: Sequence[ScheduledChunk], passes: Sequence[PrefillChunk]
+    ) -> Iterator[PrefillJob]:
+        """The jobs of which not all that the pass made are numbers."""
+        for chunk, part in zip(chunks, passes, strict=True):
+            if not self.pool.are_numbers(part.table, part.start, part.stop):
+                yield chunk.job
 
     def _chunk(self, chunk: ScheduledChunk) -> PrefillChunk:
         start = chunk.job.num_computed
@@ -265,9 +289,10 @@ class PrefillWorker:
             if job.num_left == 0:
                 watch.sink(PromptDone(watch.compute_s(time.perf_counter())))
 
-    def _announce(self, layer: int, chunks: tuple[ScheduledChunk, ...]) -> None:
+    def _announce(self, layer: int, chunks: Sequence[ScheduledChunk]) -> None:
         with self._compute.lock:
-            if self._compute.is_stopping or all(chunk.job.is_cancelled for chunk in chunks):
+            is_wanted = not chunks or any(not chunk.job.is_cancelled for chunk in chunks)
+            if self._compute.is_stopping or not is_wanted:
                 raise _Abandoned
             for chunk in chunks:
                 start, stop = chunk.job.num_computed, chunk.job.num_computed + chunk.num_tokens
@@ -286,12 +311,17 @@ class PrefillWorker:
         with self._compute.lock:
             self._fit.observe(((chunk.start, chunk.stop) for chunk in passes), seconds)
 
-    def _complete(self, chunks: tuple[ScheduledChunk, ...]) -> None:
+    def _complete(self, chunks: Sequence[ScheduledChunk], failed: Collection[PrefillJob]) -> None:
         with self._compute.lock:
-            self._scheduler.complete_pass()
+            for job in failed:
+                logger.warning("request %s: not all numbers", job.request.request_id)
+                self._pages.withdraw(job)
+            self._scheduler.complete_pass(failed=failed)
             computed = {chunk.job for chunk in chunks}
             for job, watch in self._watches.items():
-                if job.num_left == 0:
+                if job in failed:
+                    watch.sink(RowFailed("the prompt's keys and values are not all numbers"))
+                elif job.num_left == 0:
                     if job in computed:
                         watch.sink(PromptDone(watch.compute_s(time.perf_counter())))
                 elif job not in computed or job.num_computed <= job.request.ship_from:

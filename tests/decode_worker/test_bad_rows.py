@@ -23,6 +23,7 @@ from colm_serve.errors import InvalidArgument, RowFailed, Unavailable
 from colm_serve.kv.pool import BlockTable, KvPool
 from colm_serve.model.cpu_model import CpuModel
 from colm_serve.model.serving import ServingModel
+from tests.decode_worker.test_service import cluster
 from tests.helpers import GREEDY, TINY, decode_service, generate_alone, make_prompt, with_tokens
 from tests.worker_clients import DecodeClient, DecodeStream, decode_client, eventually
 
@@ -348,3 +349,15 @@ async def test_a_worker_whose_model_is_no_number_takes_itself_out(
     # It broke in the midst of a pass, whose pages are never given back.
     with pytest.raises(AssertionError, match="pages were not given back"):
         await run()
+
+
+async def test_damaged_blocks_of_a_prefill_worker_change_no_text(folder: Path) -> None:
+    """It notices as it computes on from them; the decode worker computes the prompt itself."""
+    first, longer = make_prompt(100, seed=8), make_prompt(300, seed=8)
+    assert longer[:100] == first
+    async with cluster(folder) as c:
+        await c.decode.generate(first, 3, GREEDY, c.prefill)
+        c.prefill_worker.pool._slots[0] = math.nan
+        got = await c.decode.generate(longer, 3, replace(GREEDY, seed=1), c.prefill)
+        assert got.tokens == generate_alone(folder, longer, [3] * 8)
+        c.prefill_worker.check_alive()

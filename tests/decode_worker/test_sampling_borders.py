@@ -92,10 +92,8 @@ class Tally:
             request_id="odd", prompt_token_ids=prompt, level=random.randint(1, 3),
             sampling=sampling, kv_identity=client.kv_identity,
         )  # fmt: skip
-        stream = DecodeStream(client.stub.Decode())
-        await stream.send(decode_pb2.DecodeControl(start=start))
         try:
-            got = await stream.rest()
+            got = await DecodeStream(client.stub, start).rest()
         except InvalidArgument as error:
             self.refused.append(error.field.partition("[")[0])
         except RowFailed as error:
