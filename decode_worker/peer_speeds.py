@@ -7,35 +7,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from colm_serve.core import TransferCost
+from colm_serve.latency.rate import Rate
 
-#: What an older measurement counts for when a newer one comes.
-_DECAY = 0.9
 MAX_PEERS = 256
+#: What a link's speeds are taken from: so many calls, and so many tokens, about.
+_MEMORY_CALLS, _MEMORY_TOKENS = 10, 4096
 
 
-@dataclass
-class Rate:
-    """An amount a second, by measurements that count for less the older they are."""
+def _calls() -> Rate:
+    return Rate(_MEMORY_CALLS)
 
-    amount: float = 0.0
-    seconds: float = 0.0
 
-    def add(self, amount: float, seconds: float) -> None:
-        self.amount = _DECAY * self.amount + amount
-        self.seconds = _DECAY * self.seconds + seconds
-
-    @property
-    def per_s(self) -> float | None:
-        """None until something has been measured."""
-        return self.amount / self.seconds if self.seconds > 0 else None
+def _tokens() -> Rate:
+    return Rate(_MEMORY_TOKENS)
 
 
 @dataclass
 class PeerSpeeds:
     """One prefill worker's link: calls opened a second, tokens received a second."""
 
-    openings: Rate = field(default_factory=Rate)
-    tokens: Rate = field(default_factory=Rate)
+    openings: Rate = field(default_factory=_calls)
+    tokens: Rate = field(default_factory=_tokens)
 
     @property
     def round_trip_s(self) -> float:

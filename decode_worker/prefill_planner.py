@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from functools import partial
 
 from colm_serve.core import TransferCost
 from colm_serve.decode_worker.peer_speeds import SpeedTable, StreamMeter
-from colm_serve.decode_worker.prefill_plan import (
-    LocalLoad,
-    PrefillOffer,
-    is_asking_worthwhile,
-    ship_until,
-)
+from colm_serve.decode_worker.prefill_plan import LocalLoad, is_asking_worthwhile
 from colm_serve.decode_worker.sequence import Sequence
-from colm_serve.transport.kv_frames import OpenFrame
-
-logger = logging.getLogger(__name__)
+from colm_serve.decode_worker.shipment import Shipment
 
 
 class PrefillPlanner:
@@ -45,19 +38,7 @@ class PrefillPlanner:
         """What a call that is made `now` is to be measured by."""
         return StreamMeter(self._speeds.of(address), self._num_layers, now)
 
-    def ship_until(self, address: str, sequence: Sequence, opening: OpenFrame) -> int:
-        """The token up to which to go on receiving, now that the worker has told its load."""
-        offer = PrefillOffer(
-            num_cached_tokens=opening.num_cached_tokens,
-            num_queued_tokens=opening.num_queued_tokens,
-            tokens_per_s=opening.tokens_per_s,
-            link_tokens_per_s=self._speeds.of(address).tokens.per_s,
-        )
-        load = self._local_load(sequence)
-        stop = ship_until(sequence.num_computed, sequence.num_prefill, load, offer)
-        logger.debug(
-            "request %s: tokens [%d, %d) are shipped up to %d: %s, %s",
-            sequence.request.request_id, sequence.num_computed, sequence.num_prefill, stop,
-            offer, load,
-        )  # fmt: skip
-        return stop
+    def shipment(self, address: str, sequence: Sequence, now: float) -> Shipment:
+        """What a call that is made `now` is waited for."""
+        local_load = partial(self._local_load, sequence)
+        return Shipment(sequence.num_prefill, local_load, self._speeds.of(address), now)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -26,6 +24,8 @@ from colm_serve.decode_worker.frame_writer import FrameWriter
 from colm_serve.decode_worker.peer_speeds import StreamMeter
 from colm_serve.decode_worker.prefill_planner import PrefillPlanner
 from colm_serve.decode_worker.sequence import Sequence
+from colm_serve.decode_worker.shipment import Shipment
+from colm_serve.decode_worker.waiting import end_tasks, wait_out
 from colm_serve.errors import ColmError, DataLoss, DeadlineExceeded
 from colm_serve.kv.pool import KvPool
 from colm_serve.proto.colm.v1 import prefill_pb2
@@ -63,13 +63,13 @@ class _Reception:
     writer: FrameWriter
     transfer: Transfer
     meter: StreamMeter
-    ship_until: Callable[[OpenFrame], int]
-    _stop: float = math.inf
+    shipment: Shipment
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def is_enough(self) -> bool:
         """What is best computed here is all that is missing."""
-        return self.writer.num_complete >= self._stop
+        return self.writer.num_complete >= self.shipment.until
 
     def note(self, frame: Frame, now: float) -> None:
         """Learn from a frame that has been written."""
@@ -77,11 +77,21 @@ class _Reception:
         match frame:
             case OpenFrame():
                 self.meter.opened(frame.num_cached_tokens, now)
-                wanted = self.ship_until(frame)
-                # What is wanted whole is taken to its end frame.
-                self._stop = wanted if wanted < self.writer.stop else math.inf
             case KvFrame(_, layer, start, num_tokens):
                 self.meter.received(layer, start, num_tokens, now)
+        self.shipment.note(frame, self.writer.num_complete, now)
+        self._changed.set()
+
+    async def until_enough(self) -> None:
+        """Return once nothing more is worth waiting for, whether or not anything is heard."""
+        while not self.is_enough:
+            self._changed.clear()
+            patience_s = self.shipment.due - time.perf_counter()
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                self.shipment.decide(self.writer.num_complete, time.perf_counter())
 
 
 class PromptFetcher:
@@ -180,15 +190,21 @@ class PromptFetcher:
         )
         table = self._pool.table(sequence.pages)
         writer = FrameWriter(self._pool, table, request, peer.epoch, segment)
+        now = time.perf_counter()
         reception = _Reception(
             writer,
             Transfer(len(request.tokens)),
-            self._planner.meter(peer.address, time.perf_counter()),
-            partial(self._planner.ship_until, peer.address, sequence),
+            self._planner.meter(peer.address, now),
+            self._planner.shipment(peer.address, sequence, now),
         )
         try:
             async with self._channels.use(peer.address) as channel:
                 await self._receive_from(channel, peer.address, request, reception)
+            if sequence.num_prefill > writer.num_complete:
+                logger.info(
+                    "request %s: %d tokens are computed here rather than by prefill worker %s",
+                    request.request_id, sequence.num_prefill - writer.num_complete, peer.address,
+                )  # fmt: skip
             self._codecs.learn(peer.address, reception.transfer)
         finally:
             sequence.num_shipped += writer.num_complete - sequence.num_computed
@@ -207,28 +223,28 @@ class PromptFetcher:
             response_deserializer=_as_is,
         )
         call = prefill(serde.prefill_request_to_proto(request))
+        receiving = asyncio.create_task(self._receive(call, address, request.stream_id, reception))
+        enough = asyncio.create_task(reception.until_enough())
         try:
-            await self._receive(call, address, request.stream_id, reception)
+            done, _ = await asyncio.wait((receiving, enough), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
             # A cancelled or failed stream ends here, on both sides; nothing outlives the call.
             call.cancel()
+            await end_tasks(receiving, enough)
 
     async def _receive(
         self, call: _PrefillCall, address: str, stream_id: int, reception: _Reception
     ) -> None:
-        """Take the frames of all lanes, to their end or to what the opening calls for."""
-        tasks: list[asyncio.Task[None]] = []
+        """Take the frames of all lanes."""
         try:
             async with asyncio.TaskGroup() as lanes:
                 async for frame in self._frames(call, 0, reception):
                     if isinstance(frame, OpenFrame):
                         for lane in range(1, reception.writer.num_lanes):
                             receiving = self._receive_lane(address, stream_id, lane, reception)
-                            tasks.append(lanes.create_task(receiving))
-                    if reception.is_enough:
-                        for task in tasks:
-                            task.cancel()
-                        return
+                            lanes.create_task(receiving)
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
 
@@ -251,7 +267,7 @@ class PromptFetcher:
     async def _frames(
         self, call: _PrefillCall, lane: int, reception: _Reception
     ) -> AsyncIterator[Frame]:
-        """A lane's frames up to its last one, each taken."""
+        """A lane's frames up to its last one that is wanted, each taken."""
         while True:
             try:
                 async with asyncio.timeout(self._frame_timeout_s):
@@ -263,15 +279,12 @@ class PromptFetcher:
             frame = await self._write(reception.writer, message, lane)
             reception.note(frame, time.perf_counter())
             yield frame
-            if isinstance(frame, EndFrame):
+            if isinstance(frame, EndFrame) or reception.is_enough:
                 return
 
     async def _write(self, writer: FrameWriter, message: bytes, lane: int) -> Frame:
         loop = asyncio.get_running_loop()
         writing = loop.run_in_executor(self._writers, writer.accept, message, lane)
-        try:
-            return await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            # The pages are freed once this returns: the write into them has to end first.
-            await asyncio.wait([writing])
-            raise
+        # The pages are freed once this returns: the write into them has to end first.
+        await wait_out(writing)
+        return writing.result()

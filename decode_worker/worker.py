@@ -25,7 +25,6 @@ from colm_serve.core import (
     ScoredPrompt,
     TokenLogprob,
 )
-from colm_serve.decode_worker.peer_speeds import Rate
 from colm_serve.decode_worker.prefill_plan import LocalLoad
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.decode_worker.sequence import Sequence, Stage
@@ -51,6 +50,7 @@ from colm_serve.errors import (
 )
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
+from colm_serve.latency.rate import COMPUTE_MEMORY_TOKENS, Rate
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.serving import ServingModel
 
@@ -102,7 +102,7 @@ class DecodeWorker:
         step_cost = measure_step_cost(loaded.model, self.pool)
         self._meter = StepMeter(step_cost)
         self._speculation = Speculation(loaded.model, self.pool, step_cost, config.speculation)
-        self._prefill_rate = Rate()
+        self._prefill_rate = Rate(COMPUTE_MEMORY_TOKENS)
         self._ledger = PageLedger(config.num_pages)
         self._scheduler = DecodeScheduler(
             self._ledger,

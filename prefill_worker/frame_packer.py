@@ -81,8 +81,10 @@ class FramePacker:
                     frame = KvFrame(self._next_sequence(lane), item.layer, start, num_tokens)
                     yield lane, partial(self._encode_kv, frame, lane)
             case TurnDone():
+                progress = self._worker.progress(self._job)
                 for lane in lanes:
-                    yield lane, partial(self._encode, WaitFrame(self._next_sequence(lane)), lane)
+                    wait = WaitFrame(self._next_sequence(lane), progress)
+                    yield lane, partial(self._encode, wait, lane)
             case PromptDone():
                 for lane in lanes:
                     frame_end = EndFrame(self._next_sequence(lane), item.compute_s)

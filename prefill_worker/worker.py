@@ -30,12 +30,14 @@ from colm_serve.errors import (
 from colm_serve.kv.ledger import PageLedger
 from colm_serve.kv.pool import BlockTable
 from colm_serve.latency.prefill_fit import PrefillFit
+from colm_serve.latency.rate import COMPUTE_MEMORY_TOKENS, Rate
 from colm_serve.model.checkpoint import LoadedModel
 from colm_serve.model.serving import ServingModel
 from colm_serve.prefill_worker.job import PrefillJob
 from colm_serve.prefill_worker.pages import LedgerPages
 from colm_serve.prefill_worker.scheduler import PrefillScheduler, ScheduledChunk
 from colm_serve.transport.codecs import get_codec
+from colm_serve.transport.kv_frames import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ class PrefillWorker:
         self._watches: dict[PrefillJob, _Watch] = {}
         self._tables: dict[PrefillJob, BlockTable] = {}
         self._self_test = SelfTest(loaded, config.page_size, with_head=False)
-        self._tokens_per_s = 0.0
+        self._rate = Rate(COMPUTE_MEMORY_TOKENS)
         self._fit = PrefillFit(measure_prefill_cost(loaded.model, self.pool, config.chunk_tokens))
         self._num_computed_tokens = 0
         self._compute = ComputeThread(
@@ -159,7 +161,7 @@ class PrefillWorker:
             job = self._scheduler.submit(request, deadline)
             self._watches[job] = _Watch(sink)
             num_before = self._scheduler.num_tokens_before(job)
-            sink(Accepted(job.num_cached, num_before, self._tokens_per_s))
+            sink(Accepted(job.num_cached, num_before, self._rate.per_s or 0.0))
             self._announce_cached()
             self._compute.lock.notify()
             return job
@@ -182,6 +184,12 @@ class PrefillWorker:
     def turn_s(self) -> float:
         """For how long the present pass has been going on; 0 between two."""
         return self._compute.turn_s
+
+    def progress(self, job: PrefillJob) -> Progress:
+        """How far the worker has come with a job."""
+        with self._compute.lock:
+            num_before = self._scheduler.num_tokens_before(job)
+            return Progress(job.num_computed, num_before, self._rate.per_s or 0.0)
 
     def check_alive(self) -> None:
         """Raise Unavailable when the compute thread has failed: the process has to be replaced."""
@@ -231,7 +239,7 @@ class PrefillWorker:
 
     def _take_turn(self) -> None:
         with self._compute.lock:
-            chunks = self._scheduler.next_chunks(time.perf_counter(), self._tokens_per_s)
+            chunks = self._scheduler.next_chunks(time.perf_counter(), self._rate.per_s or 0.0)
             passes = [self._chunk(chunk) for chunk in chunks]
             begin = time.perf_counter()
             for chunk in chunks:
@@ -303,12 +311,9 @@ class PrefillWorker:
 
     def _measure(self, passes: list[PrefillChunk], seconds: float) -> None:
         num_tokens = sum(len(chunk.tokens) for chunk in passes)
-        speed = num_tokens / seconds
-        self._tokens_per_s = (
-            speed if not self._tokens_per_s else (0.8 * self._tokens_per_s + 0.2 * speed)
-        )
         self._num_computed_tokens += num_tokens
         with self._compute.lock:
+            self._rate.add(num_tokens, seconds)
             self._fit.observe(((chunk.start, chunk.stop) for chunk in passes), seconds)
 
     def _complete(self, chunks: Sequence[ScheduledChunk], failed: Collection[PrefillJob]) -> None:

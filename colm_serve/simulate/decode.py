@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 from colm_serve.config import DecodeConfig
 from colm_serve.core import DecodeStatus, Member
-from colm_serve.decode_worker.peer_speeds import Rate
 from colm_serve.decode_worker.prefill_plan import LocalLoad
 from colm_serve.decode_worker.sequence import Stage
 from colm_serve.errors import InvalidArgument, ResourceExhausted
+from colm_serve.latency.rate import COMPUTE_MEMORY_TOKENS, Rate
 from colm_serve.simulate.clock import VirtualClock
 from colm_serve.simulate.costs import WorkerCosts
 from colm_serve.simulate.kv_fetch import KvFetcher
@@ -49,7 +49,7 @@ class VirtualDecodeWorker:
             clock, costs, prefill, config.local_prefill_tokens, self.local_load, self._begin
         )
         self._rows = Rows(self._step_cost, config.max_rows, self._pages)
-        self._prefill_rate = Rate()
+        self._prefill_rate = Rate(COMPUTE_MEMORY_TOKENS)
         self._num_admitted = 0
         self._sequences: dict[VirtualSequence, None] = {}  # oldest first
         self._waiting: list[VirtualSequence] = []  # oldest first

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from colm_serve.config import PrefillConfig
 from colm_serve.core import Member, PrefillCost, PrefillRequest, PrefillStatus
 from colm_serve.decode_worker.prefill_plan import PrefillOffer
+from colm_serve.latency.rate import COMPUTE_MEMORY_TOKENS, Rate
 from colm_serve.prefill_worker.job import PrefillJob
 from colm_serve.prefill_worker.scheduler import PrefillScheduler, ScheduledChunk
 from colm_serve.simulate.clock import VirtualClock
@@ -83,11 +84,11 @@ class VirtualPrefillWorker:
     clock: VirtualClock
     _deliveries: dict[PrefillJob, _Delivery] = field(default_factory=dict)
     _is_busy: bool = False
-    _tokens_per_s: float = 0.0
     _num_computed_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._cost = self.costs.prefill.cost(self.config.chunk_tokens)
+        self._rate = Rate(COMPUTE_MEMORY_TOKENS)
         self._pages = CountedPages(self.config.num_pages, self.config.page_size)
         self._scheduler = PrefillScheduler(
             self._pages,
@@ -107,7 +108,7 @@ class VirtualPrefillWorker:
         offer = PrefillOffer(
             num_cached_tokens=job.num_cached,
             num_queued_tokens=self._scheduler.num_tokens_before(job),
-            tokens_per_s=self._tokens_per_s,
+            tokens_per_s=self._rate.per_s or 0.0,
             link_tokens_per_s=self.costs.link_tokens_per_s,
         )
         return job, offer
@@ -151,7 +152,7 @@ class VirtualPrefillWorker:
             self._take_turn()
 
     def _take_turn(self) -> None:
-        chunks = self._scheduler.next_chunks(self.clock.now, self._tokens_per_s)
+        chunks = self._scheduler.next_chunks(self.clock.now, self._rate.per_s or 0.0)
         self._is_busy = bool(chunks)
         if chunks:
             num_tokens = sum([chunk.num_tokens for chunk in chunks])
@@ -161,10 +162,7 @@ class VirtualPrefillWorker:
     def _complete(
         self, chunks: tuple[ScheduledChunk, ...], num_tokens: int, seconds: float
     ) -> None:
-        speed = num_tokens / seconds
-        # As the real worker smooths what it measures.
-        known = self._tokens_per_s
-        self._tokens_per_s = 0.8 * known + 0.2 * speed if known else speed
+        self._rate.add(num_tokens, seconds)
         self._num_computed_tokens += num_tokens
         self._scheduler.complete_pass()
         for chunk in chunks:

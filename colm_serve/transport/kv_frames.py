@@ -6,14 +6,18 @@ equal byte for byte to what protobuf would make, without its copies of the paylo
 A stream is an opening frame, at once; the frames of every layer of each chunk of tokens, in
 order, with wait frames where the worker is busy otherwise; and an end frame. The digest is
 seeded with the stream's id, which the receiver chose: frames of other streams do not match.
+
+Peers of different releases understand each other: of a header, what is not known is not read, and
+what older ones do not say may be missing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, get_type_hints
+from dataclasses import MISSING, asdict, dataclass, fields
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import msgpack
 import xxhash
@@ -65,10 +69,23 @@ class KvFrame:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a worker has come: `num_computed_tokens` of the prompt need no compute any more.
+
+    The others are as in the opening.
+    """
+
+    num_computed_tokens: int
+    num_queued_tokens: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
 class WaitFrame:
     """Nothing to send yet, but the worker has computed something since the last frame."""
 
     sequence: int
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,14 @@ _KINDS: dict[str, type[Frame]] = {
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _FIELDS: dict[type[Any], dict[str, type]] = {
-    kind: get_type_hints(kind) for kind in (*_KINDS.values(), KvLayout)
+    kind: {
+        name: next((arm for arm in get_args(hint) if arm is not NoneType), hint)
+        for name, hint in get_type_hints(kind).items()
+    }
+    for kind in (*_KINDS.values(), KvLayout, Progress)
+}
+_REQUIRED = {
+    kind: {field.name for field in fields(kind) if field.default is MISSING} for kind in _FIELDS
 }
 
 
@@ -139,13 +163,17 @@ def _read_header(header: memoryview) -> Frame:
 
 def _typed(kind: type[Any], values: object) -> Any:
     """A dataclass of strings, counts, amounts and such dataclasses, from a dict."""
-    kinds = _FIELDS[kind]
-    if not isinstance(values, dict) or values.keys() != kinds.keys():
-        raise ValueError(f"header without exactly {', '.join(kinds)}")
-    return kind(**{name: _field(name, kinds[name], value) for name, value in values.items()})
+    required = _REQUIRED[kind]
+    if not isinstance(values, dict) or not required <= values.keys():
+        raise ValueError(f"header without {', '.join(sorted(required))}")
+    given = {name: values[name] for name in _FIELDS[kind] if name in values}
+    return kind(**{name: _field(kind, name, value) for name, value in given.items()})
 
 
-def _field(name: str, kind: type, value: object) -> Any:
+def _field(owner: type[Any], name: str, value: object) -> Any:
+    kind = _FIELDS[owner][name]
+    if value is None and name not in _REQUIRED[owner]:
+        return None
     if kind in _FIELDS:
         return _typed(kind, value)
     if type(value) is not kind:

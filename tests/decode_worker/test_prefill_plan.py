@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
+from math import inf
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from colm_serve.decode_worker.peer_speeds import PeerSpeeds, Rate, SpeedTable, StreamMeter
+from colm_serve.decode_worker.peer_speeds import PeerSpeeds, SpeedTable, StreamMeter
 from colm_serve.decode_worker.prefill_plan import (
     LocalLoad,
     PrefillOffer,
@@ -40,6 +42,11 @@ OFFER = PrefillOffer(
         (IDLE, replace(OFFER, link_tokens_per_s=400.0), 0),
         (IDLE, replace(OFFER, link_tokens_per_s=400.0, num_cached_tokens=1000), 0),
         (IDLE, replace(OFFER, tokens_per_s=0.0), 1000),
+        (IDLE, replace(OFFER, tokens_per_s=0.0, late_s=1.9), 1000),
+        (IDLE, replace(OFFER, tokens_per_s=0.0, late_s=2.1), 0),
+        (IDLE, replace(OFFER, late_s=0.9), 1000),
+        (IDLE, replace(OFFER, late_s=1.1), 0),
+        (replace(IDLE, tokens_per_s=None), replace(OFFER, late_s=1e9), 1000),
         (IDLE, replace(OFFER, link_tokens_per_s=None), 1000),
         (replace(IDLE, tokens_per_s=None), replace(OFFER, num_queued_tokens=10**6), 1000),
     ],
@@ -68,6 +75,7 @@ offers = st.builds(
     num_queued_tokens=st.integers(0, 10_000),
     tokens_per_s=speeds,
     link_tokens_per_s=st.none() | speeds,
+    late_s=st.just(0.0) | st.floats(0, 100),
 )
 ranges = st.tuples(st.integers(0, 99), st.integers(1, 100)).filter(lambda r: r[0] < r[1])
 
@@ -84,6 +92,52 @@ def test_no_split_is_better_than_the_one_chosen(
     chosen = delay_s(start, ship_until(start, stop, local, offer), stop, local, offer)
     best = min(delay_s(start, split, stop, local, offer) for split in range(start, stop + 1))
     assert chosen == pytest.approx(best)
+
+
+wild = st.floats(0, inf, exclude_max=True)
+
+
+@given(
+    ranges,
+    st.builds(LocalLoad, st.none() | wild, st.integers(0, 2**64), st.integers(0, 2**64)),
+    st.builds(
+        PrefillOffer, st.integers(0, 2**64), st.integers(0, 2**64), wild, st.none() | wild, wild
+    ),
+)
+@example((0, 1), IDLE, replace(OFFER, tokens_per_s=5e-324, link_tokens_per_s=1e-323))
+@example((0, 99), replace(IDLE, tokens_per_s=0.0), OFFER)
+def test_any_speeds_make_a_plan(
+    missing: tuple[int, int], local: LocalLoad, offer: PrefillOffer
+) -> None:
+    start, stop = missing
+    assert start <= ship_until(start, stop, local, offer) <= stop
+    assert start <= ship_until(start, stop, local, offer.having_come(start, stop)) <= stop
+
+
+def test_speeds_whose_reciprocals_are_equal_are_taken_for_equal() -> None:
+    """There are such neighbours, and a quotient by the difference of their reciprocals."""
+    for slow, fast in pairwise([1000.0 + n * 1.2e-13 for n in range(100)]):
+        offer = replace(OFFER, tokens_per_s=slow, link_tokens_per_s=fast)
+        assert ship_until(0, 1000, IDLE, offer) == 1000
+
+
+@given(ranges, loads, offers, st.floats(0, 100))
+def test_who_is_later_is_waited_for_no_longer(
+    missing: tuple[int, int], local: LocalLoad, offer: PrefillOffer, more: float
+) -> None:
+    later = ship_until(*missing, local, replace(offer, late_s=offer.late_s + more))
+    assert later in (missing[0], ship_until(*missing, local, offer))
+
+
+@given(ranges, offers, st.integers(0, 100), st.integers(0, 100))
+def test_what_has_come_brings_the_end_nearer(
+    missing: tuple[int, int], offer: PrefillOffer, first: int, more: int
+) -> None:
+    _, stop = missing
+    at, later = min(first, stop), min(first + more, stop)
+    assert offer.having_come(later, stop).delay_s(later, stop) <= offer.having_come(
+        at, stop
+    ).delay_s(at, stop)
 
 
 @given(ranges, loads, offers, st.integers(0, 10_000))
@@ -128,18 +182,6 @@ def test_asking(local: LocalLoad, round_trip_s: float, link: float | None, expec
     assert is_asking_worthwhile(1000, local, round_trip_s, link) is expected
 
 
-def test_newer_measurements_count_more() -> None:
-    rate = Rate()
-    assert rate.per_s is None
-    for _ in range(50):
-        rate.add(10, 1)
-    assert rate.per_s == pytest.approx(10)
-    for _ in range(20):
-        rate.add(20, 1)
-    assert rate.per_s is not None
-    assert 18 < rate.per_s < 20
-
-
 def test_only_time_in_which_there_was_something_to_send_counts() -> None:
     speeds = PeerSpeeds()
     meter = StreamMeter(speeds, num_layers=2, begin=10.0)
@@ -151,10 +193,11 @@ def test_only_time_in_which_there_was_something_to_send_counts() -> None:
     assert speeds.tokens.per_s == pytest.approx(16 / 0.2)
     meter.received(layer=0, start=16, num_tokens=30, now=99.0)
     assert speeds.tokens.per_s == pytest.approx(16 / 0.2), "it waited for the compute"
-    before = replace(speeds.tokens)
+    expected = replace(speeds.tokens)
+    expected.add(15, 0.1)
     meter.received(layer=0, start=46, num_tokens=30, now=99.1)
-    assert speeds.tokens.amount - 0.9 * before.amount == pytest.approx(15)
-    assert speeds.tokens.seconds - 0.9 * before.seconds == pytest.approx(0.1)
+    assert speeds.tokens.amount == pytest.approx(expected.amount)
+    assert speeds.tokens.seconds == pytest.approx(expected.seconds)
 
 
 def test_the_peers_asked_last_are_remembered() -> None:
