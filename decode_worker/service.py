@@ -23,6 +23,7 @@ from colm_serve.transport import serde
 from colm_serve.transport.channel import bind, make_server
 from colm_serve.transport.channel_cache import ChannelCache
 from colm_serve.transport.health import add_health
+from colm_serve.transport.stall import in_time
 from colm_serve.transport.status import abort
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -81,7 +82,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 with self._opened(serde.decode_start_from_proto(request)) as session:
                     async with aclosing(session.events()) as events:
                         async for event in events:
-                            await context.write(serde.decode_event_to_proto(event))
+                            writing = context.write(serde.decode_event_to_proto(event))
+                            await in_time(writing, self._config.stall_timeout_s)
         except TimeoutError:
             late = DeadlineExceeded(f"not done within max_request_s: {self._config.max_request_s}")
             await abort(context, late)

@@ -21,12 +21,14 @@ from colm_serve.proto.colm.v1 import prefill_pb2
 from colm_serve.transport import serde
 from colm_serve.transport.channel import bind, make_server
 from colm_serve.transport.health import add_health
+from colm_serve.transport.stall import in_time, stalled
 from colm_serve.transport.status import abort
 
 #: Room in shared memory comes without notice: it is looked for this often.
 ROOM_INTERVAL_S = 0.0005
-#: Who waits is told that the worker makes progress, but no more often than this.
-WAIT_INTERVAL_S = 0.5
+#: Who waits is told how far the worker has come, but no more often than this: twice in the time
+#: after which the receiver asks itself, see `decode_worker.shipment`.
+WAIT_INTERVAL_S = 0.25
 
 _Context = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, bytes]
 _LaneContext = grpc.aio.ServicerContext[prefill_pb2.PrefillLaneRequest, bytes]
@@ -116,24 +118,16 @@ class PrefillService:
             await abort(context, error)
 
     async def _in_time(self, sending: Awaitable[None]) -> None:
-        # Flow control holds a write back while the receiver is slow; its KV waits in the job's
-        # pages, and nobody else waits.
-        try:
-            async with asyncio.timeout(self._config.stall_timeout_s):
-                await sending
-        except TimeoutError as error:
-            raise self._stalled() from error
+        # What it holds back waits in the job's pages, and nobody else waits.
+        await in_time(sending, self._config.stall_timeout_s)
 
     async def _wait_for_room(self, packer: FramePacker) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.stall_timeout_s
         while not packer.has_room:
             if loop.time() > deadline:
-                raise self._stalled()
+                raise stalled(self._config.stall_timeout_s)
             await asyncio.sleep(ROOM_INTERVAL_S)
-
-    def _stalled(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"the receiver took no frame for {self._config.stall_timeout_s} s")
 
     async def _frames(
         self, request: PrefillRequest, remaining_s: float | None

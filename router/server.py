@@ -17,6 +17,7 @@ from colm_serve.core import Membership
 from colm_serve.model.folder import ModelFolder
 from colm_serve.model.kv_identity import kv_identity_of
 from colm_serve.proto.colm.v1 import generation_pb2_grpc
+from colm_serve.router.http_connection import stall_limited
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.openai.http import make_app
 from colm_serve.router.planner import Demand, WorkerCosts
@@ -97,7 +98,7 @@ class RouterService:
     async def _start_grpc(self) -> None:
         router = self._config.router
         self._grpc = make_server()
-        service = GenerationService(self._router)
+        service = GenerationService(self._router, router.stall_timeout_s)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, self._grpc)
         await add_health(self._grpc)
         names = (SERVICE_NAME, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -111,7 +112,7 @@ class RouterService:
         listener = _listen(router.host, router.http_port)
         host, port = listener.getsockname()[:2]
         self.http_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._http = _HttpServer(_http_config(self._router, tls))
+        self._http = _HttpServer(_http_config(self._router, tls, router.stall_timeout_s))
         self._http.start(listener)
 
 
@@ -137,9 +138,14 @@ class _HttpServer(uvicorn.Server):
         await asyncio.gather(self._serving, *tasks, return_exceptions=True)
 
 
-def _http_config(router: Router, tls: TlsConfig | None) -> uvicorn.Config:
+def _http_config(router: Router, tls: TlsConfig | None, stall_timeout_s: float) -> uvicorn.Config:
     config = uvicorn.Config(
-        make_app(router), lifespan="off", log_config=None, access_log=False, ws="none"
+        make_app(router),
+        http=stall_limited(stall_timeout_s),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        ws="none",
     )
     if tls is not None:
         config.ssl_certfile = str(tls.cert_file)

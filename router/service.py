@@ -14,6 +14,7 @@ from colm_serve.router.openai.level_headers import level_headers
 from colm_serve.router.request import Started
 from colm_serve.router.router import Router
 from colm_serve.router.tenants import Tenant
+from colm_serve.transport.stall import in_time
 from colm_serve.transport.status import abort
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -24,8 +25,9 @@ SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].f
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """A thin servicer over a Router."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, stall_timeout_s: float) -> None:
         self._router = router
+        self._stall_timeout_s = stall_timeout_s
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: _Context) -> None:
         try:
@@ -36,7 +38,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     if isinstance(event, Started):
                         # As initial metadata it would be a message of its own, ahead of the event.
                         context.set_trailing_metadata(tuple(level_headers([event]).items()))
-                    await context.write(serde.event_to_proto(event))
+                    writing = context.write(serde.event_to_proto(event))
+                    await in_time(writing, self._stall_timeout_s)
         except ColmError as error:
             await abort(context, error)
 

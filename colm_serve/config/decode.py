@@ -51,6 +51,9 @@ class DecodeConfig(WorkerConfig):
         description="a prefill worker that sends nothing for so long is left; while it is busy "
         "with other prompts it says so after each of its forward passes",
     )
+    stall_timeout_s: Seconds = Field(
+        default=30.0, description="a router that takes nothing of its stream for so long loses it"
+    )
     kv_codec: Literal["raw", "bf16", "int8", "fp8", "auto"] = Field(
         default="raw",
         description="how prefill workers write K and V for the wire: raw is exact, the others are "

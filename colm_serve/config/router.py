@@ -19,6 +19,9 @@ class RouterConfig(Section):
     max_queued: int = Field(default=256, ge=0, description="requests that wait for room")
     status_interval_s: Seconds = 0.5
     status_timeout_s: Seconds = 2.0
+    stall_timeout_s: Seconds = Field(
+        default=30.0, description="a client that takes nothing of its stream for so long loses it"
+    )
     max_attempts: Count = 4
     policy: Literal["adaptive", "fixed_level", "aggregated"] = Field(
         default="adaptive",
