@@ -14,6 +14,7 @@ import torch
 from colm_serve.config import DecodeConfig, PrefillConfig
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.decode_worker.service import DecodeService
+from colm_serve.decode_worker.speculation import Step
 from colm_serve.decode_worker.worker import DecodeWorker
 from colm_serve.engine.loading import load_for_serving
 from colm_serve.engine.logits_processor import LogitsProcessor
@@ -78,6 +79,18 @@ def before_each_block(model: ServingModel, call: Callable[[], object]) -> None:
 
     model.run_layers = partial(hold, model.run_layers)  # type: ignore[method-assign]
     model.finish_layer = partial(hold, model.finish_layer)  # type: ignore[method-assign]
+
+
+def before_each_step(worker: DecodeWorker, call: Callable[[], object]) -> None:
+    """Call `call` before each pass that makes tokens; prompts are computed without."""
+    run_rows = worker._run_rows
+
+    def hold(steps: list[Step], *arguments: Any) -> list[Sampled]:
+        if steps:
+            call()
+        return run_rows(steps, *arguments)
+
+    worker._run_rows = hold  # type: ignore[method-assign]
 
 
 @torch.inference_mode()
@@ -156,6 +169,7 @@ def decode_service(
     epoch: int = 1,
     *,
     before_block: Callable[[], object] | None = None,
+    before_step: Callable[[], object] | None = None,
     grace_s: float = 2.0,
     variant: str | None = "",
     **changes: object,
@@ -173,6 +187,8 @@ def decode_service(
     worker = DecodeWorker(loaded, config, f"decode-{epoch}", epoch, variant)
     if before_block is not None:
         before_each_block(loaded.model, before_block)
+    if before_step is not None:
+        before_each_step(worker, before_step)
     service = DecodeService(worker, config)
     host = ServiceThread(service)
     try:
