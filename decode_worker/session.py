@@ -22,7 +22,6 @@ from colm_serve.decode_worker.prompt_kv import PromptFetcher
 from colm_serve.decode_worker.sequence import Sequence
 from colm_serve.decode_worker.waiting import end_tasks
 from colm_serve.decode_worker.worker import DecodeWorker, PromptComplete, Readmitted, SequenceNews
-from colm_serve.errors import ColmError
 
 _Progress = PromptComplete | ScoredPrompt | DecodedToken | FinishReason | BaseException
 

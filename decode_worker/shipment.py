@@ -66,8 +66,9 @@ class Shipment:
         done_s = max(0.0, self._predicted_s - offer.delay_s(num_complete, self._stop))
         offer = replace(offer, late_s=max(0.0, now - self._begin - done_s))
         until = ship_until(num_complete, self._stop, self._local_load(), offer)
-        # What is wanted whole is taken to its end frame.
-        self.until = until if until < self._stop else math.inf
+        # What is wanted whole is taken to its end frame, unless that alone is late.
+        is_taken_whole = num_complete < until == self._stop
+        self.until = math.inf if is_taken_whole else until
         self.due = now + _patience_s(offer.delay_s(num_complete, until))
 
     def _hear(self, num_cached: int, num_queued: int, tokens_per_s: float) -> None:

@@ -85,12 +85,12 @@ def before_each_step(worker: DecodeWorker, call: Callable[[], object]) -> None:
     """Call `call` before each pass that makes tokens; prompts are computed without."""
     run_rows = worker._run_rows
 
-    def hold(steps: list[Step], *arguments: Any) -> list[Sampled]:
+    def hold(steps: list[Step], *arguments: Any) -> Any:
         if steps:
             call()
         return run_rows(steps, *arguments)
 
-    worker._run_rows = hold  # type: ignore[method-assign]
+    worker._run_rows = hold  # type: ignore[assignment, method-assign]
 
 
 @torch.inference_mode()

@@ -44,7 +44,8 @@ class DecodeConfig(WorkerConfig):
     adaptive_prefill: bool = Field(
         default=True,
         description="compute longer ones here too, whole or in part, where measured speeds and "
-        "queues make that the least delay; else only when no prefill worker can",
+        "queues make that the least delay, which is decided again while they are waited for; else "
+        "only when no prefill worker can",
     )
     frame_timeout_s: Seconds = Field(
         default=10.0,

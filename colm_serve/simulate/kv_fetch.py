@@ -1,6 +1,7 @@
 """Where a simulated decode worker gets a prompt's keys and values from.
 
-As `decode_worker.session` and `decode_worker.prompt_kv`: the same plan, made of the same speeds.
+As `decode_worker.session` and `decode_worker.prompt_kv`: the same plan, made of the same speeds,
+but once for a prompt, as `decode_worker.shipment` at the opening: nobody hangs here.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def test_a_worker_that_is_never_heard_of_is_left_once_it_is_later_than_computing
 def test_the_opening_decides_and_says_when_to_decide_again() -> None:
     shipment = begun(Here())
     shipment.note(opening(0, 1000.0), 0, 100.1)
-    assert (shipment.until, shipment.due) == (inf, pytest.approx(102.1)), "twice its 1 s"
+    assert shipment.until == inf
+    assert shipment.due == pytest.approx(102.1), "twice its 1 s"
     shipment = begun(Here())
     shipment.note(opening(5000, 1000.0), 0, 100.1)
     assert shipment.until == 0, "6 s there, 2 s here"
@@ -120,6 +121,15 @@ def test_a_worker_that_hangs_costs_a_few_times_what_computing_here_does(
         now = shipment.due
         shipment.decide(0, now)
     assert now - 100.0 <= MIN_PATIENCE_S + 4 * local_s
+
+
+def test_an_end_frame_alone_is_not_waited_for() -> None:
+    shipment = begun(Here(None))
+    shipment.note(opening(0, 1000.0), 0, 100.0)
+    shipment.note(KvFrame(1, 0, 0, STOP), STOP, 100.9)
+    assert shipment.until == inf
+    shipment.decide(STOP, shipment.due)
+    assert shipment.until == STOP
 
 
 def test_where_the_speed_here_is_unknown_it_is_waited_for_to_the_frame_timeout() -> None:
