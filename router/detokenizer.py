@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from colm_serve.model.vocabulary import REPLACEMENT
 
+#: Tokens that are decoded anew with each one more; a character has four bytes at most.
+_SHORT_CHUNK = 16
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -57,7 +60,8 @@ class CharacterStream:
 
     A trailing U+FFFD may be the begin of a character whose other bytes are in tokens to come.
     Decoding goes by chunks that end where no such doubt is; each is decoded together with the
-    one before, because some decoders treat the first token of a text differently.
+    one before, because some decoders treat the first token of a text differently. A chunk that
+    does not end is decoded at every doubling only, so that all of it costs what its tokens do.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -69,6 +73,8 @@ class CharacterStream:
 
     def push(self, token_id: int) -> str:
         self._chunk.append(token_id)
+        if not self._is_worth_decoding():
+            return ""
         text = self._chunk_text()
         whole = text.rstrip(REPLACEMENT)
         new = whole[self._num_emitted :]
@@ -82,6 +88,14 @@ class CharacterStream:
         self._begin_chunk()
         return new
 
+    def _is_worth_decoding(self) -> bool:
+        """Whether the chunk is short, twice as long as it was, or seems to end in a character."""
+        length = len(self._chunk)
+        if length < _SHORT_CHUNK or length & (length - 1) == 0:
+            return True
+        end = self._decode(self._chunk[-_SHORT_CHUNK:])
+        return bool(end) and not end.endswith(REPLACEMENT)
+
     def _chunk_text(self) -> str:
         return self._decode(self._context + self._chunk)[self._context_length :]
 
@@ -92,22 +106,32 @@ class CharacterStream:
 
 
 class StopMatcher:
-    """Finds the stop string that is complete first, however the text is cut into pieces."""
+    """Finds the stop string that is complete first, however the text is cut into pieces.
+
+    Knuth, Morris and Pratt's: a character costs each string the same, whatever they have in common.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
+        self._borders = [_borders(s) for s in self._stop]
+        self._first = "".join(s[0] for s in self._stop)
+        #: How much of each stop string the text ends with.
+        self._num_matched = [0] * len(self._stop)
         self._held = ""
 
     def push(self, text: str) -> Piece:
         """The part of all text so far that no stop string can begin in any more."""
-        self._held += text
-        found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
-        if found:
-            piece = Piece(self._held[: min(found)[1]], is_stop=True)
-            self._held = ""
-            return piece
-        num_kept = self._num_possible()
-        cut = len(self._held) - num_kept
+        if not self._held and not any(first in text for first in self._first):
+            return Piece(text)
+        start, self._held = len(self._held), self._held + text
+        for position, character in enumerate(text, start + 1):
+            num_complete = self._take(character)
+            if num_complete:
+                piece = Piece(self._held[: position - num_complete], is_stop=True)
+                self._num_matched = [0] * len(self._stop)
+                self._held = ""
+                return piece
+        cut = len(self._held) - max(self._num_matched)
         piece, self._held = Piece(self._held[:cut]), self._held[cut:]
         return piece
 
@@ -115,11 +139,26 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _num_possible(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = max((len(s) for s in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            end = self._held[-length:]
-            if any(s.startswith(end) for s in self._stop):
-                return length
-        return 0
+    def _take(self, character: str) -> int:
+        """Characters of the longest stop string that this one completes; 0 if it does none."""
+        longest = 0
+        for index, (stop, borders) in enumerate(zip(self._stop, self._borders, strict=True)):
+            num_matched = self._num_matched[index]
+            while num_matched and stop[num_matched] != character:
+                num_matched = borders[num_matched - 1]
+            num_matched += stop[num_matched] == character
+            self._num_matched[index] = num_matched
+            if num_matched == len(stop):
+                longest = max(longest, num_matched)
+        return longest
+
+
+def _borders(text: str) -> list[int]:
+    """Of each beginning of a text: the length of its longest end, but itself, that begins it."""
+    borders, length = [0], 0
+    for character in text[1:]:
+        while length and text[length] != character:
+            length = borders[length - 1]
+        length += text[length] == character
+        borders.append(length)
+    return borders

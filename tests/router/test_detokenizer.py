@@ -3,15 +3,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models
 
-from colm_serve.model.vocabulary import REPLACEMENT
+from colm_serve.model.vocabulary import REPLACEMENT, token_bytes
 from colm_serve.router.detokenizer import Detokenizer, Piece, StopMatcher
 from tests.router.cluster import trained_tokenizer
-from tests.router.scripted import VOCAB_SIZE
+from tests.router.scripted import END_OF_TEXT, VOCAB_SIZE
 
 TEXTS = st.text(alphabet=st.sampled_from("ab cdé東🙂\n\ufffd"), max_size=30)
 
@@ -71,6 +72,53 @@ def test_no_replacement_character_that_is_not_in_the_text(text: str) -> None:
         assert not any(REPLACEMENT in piece.text for piece in got)
 
 
+def byte_token(byte: int) -> int:
+    [token_id] = [
+        i for i in range(VOCAB_SIZE) if token_bytes(trained_tokenizer(), i) == bytes([byte])
+    ]
+    return token_id
+
+
+#: Tokens after which a character may always be incomplete, and those that decoding leaves out.
+DOUBTFUL = {
+    "a byte that begins nothing": [0x80],
+    "an end and a begin": [0x9D, 0xB1, 0xE6],
+    "bytes of U+FFFD": [0xEF, 0xBF, 0xBD],
+}
+
+
+@pytest.mark.parametrize("kind", [*DOUBTFUL, "ends of text"])
+def test_a_text_in_doubt_costs_what_its_tokens_do(kind: str) -> None:
+    num_decoded = 0
+
+    def counting(token_ids: Sequence[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(token_ids)
+        return decode(token_ids)
+
+    again = [byte_token(b) for b in DOUBTFUL[kind]] if kind in DOUBTFUL else [END_OF_TEXT]
+    token_ids = (again * 16_000)[:16_000]
+    got = pieces(Detokenizer(counting), token_ids)
+    assert "".join(piece.text for piece in got) == decode(token_ids)
+    assert num_decoded < 50 * len(token_ids)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([[byte_token(b) for b in again] * 10 for again in DOUBTFUL.values()]),
+            st.just([END_OF_TEXT] * 20),
+            st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=4),
+        ),
+        max_size=6,
+    )
+)
+def test_the_pieces_are_the_whole_text_however_long_the_doubt(parts: list[list[int]]) -> None:
+    token_ids = [token_id for part in parts for token_id in part]
+    got = pieces(Detokenizer(decode), token_ids)
+    assert "".join(piece.text for piece in got) == decode(token_ids)
+
+
 def test_a_character_of_several_tokens_comes_whole() -> None:
     token_ids = trained_tokenizer().encode("🦜").ids
     assert len(token_ids) > 1
@@ -112,6 +160,18 @@ def test_stop_strings_however_the_text_is_cut(text: str, stop: list[str], cuts: 
     else:
         got += matcher.flush()
     assert (got, is_stop) == cut_at(text, stop)
+
+
+@given(st.text(alphabet="ab", max_size=60), st.integers(2, 12), st.integers(0, 60))
+def test_stop_strings_that_repeat_themselves(text: str, length: int, cut: int) -> None:
+    stop = ["a" * length + "b", "ab" * length, "ba" * length]
+    matcher = StopMatcher(stop)
+    got = [matcher.push(text[:cut])]
+    if not got[-1].is_stop:
+        got.append(matcher.push(text[cut:]))
+    is_stop = got[-1].is_stop
+    rest = "" if is_stop else matcher.flush()
+    assert ("".join(piece.text for piece in got) + rest, is_stop) == cut_at(text, stop)
 
 
 def test_a_possible_stop_string_is_held_back_no_longer_than_needed() -> None:
