@@ -14,13 +14,17 @@ MAX_SCHEMA_CHARS = 65_536
 #: Few characters of these can mean a large automaton.
 MAX_PATTERN_CHARS = 16_384
 MAX_CHOICES = 1_000
+#: Of an integer in a schema: as many as a float can be of.
+MAX_DIGITS = 308
 #: Of a pattern with its counted repetitions written out: 2.4 million took 24 GB to compile.
 MAX_SYMBOLS = 20_000
 
 _REPETITION = r"\{(\d+)(?:,(\d*))?\}"
-_CLASS = r"\[(?:\\.|[^\]\\])*\]"
+# One that is not closed is the rest of the text, so that each character is looked at once.
+_CLASS = r"\[(?:\\[\s\S]|[^\]\\])*+(\]|\\?\Z)"
+_NUM_REPETITION_GROUPS = 2
 _REGEX_SYMBOL = re.compile(rf"{_REPETITION}|\\.|{_CLASS}|.", re.DOTALL)
-_EBNF_SYMBOL = re.compile(rf'{_REPETITION}|"(?:\\.|[^"\\])*"|{_CLASS}|\S')
+_EBNF_SYMBOL = re.compile(rf'{_REPETITION}|#[^\r\n]*|"(?:\\[\s\S]|[^"\\])*+("|\\?\Z)|{_CLASS}|\S')
 
 
 class GrammarKind(Enum):
@@ -86,16 +90,25 @@ class Grammar:
 
     def _check_size(self) -> None:
         if _num_symbols(self.text, self.kind) > MAX_SYMBOLS:
-            allowed = f"at most {MAX_SYMBOLS} symbols, counted repetitions written out"
+            allowed = (
+                f"at most {MAX_SYMBOLS} symbols, counted repetitions written out, and everything "
+                "closed that is opened"
+            )
             raise InvalidArgument(self.field, self.text, allowed)
 
     def _check_schema(self) -> None:
         try:
-            schema = json.loads(self.text)
+            schema = json.loads(self.text, parse_int=_short_integer)
         except (ValueError, RecursionError) as error:
             raise InvalidArgument(self.field, self.text, f"a schema in JSON ({error})") from error
         if not isinstance(schema, dict | bool):
             raise InvalidArgument(self.field, schema, "a JSON object")
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits; allowed: {MAX_DIGITS}")
+    return int(digits)
 
 
 def _num_symbols(text: str, kind: GrammarKind) -> int:
@@ -104,6 +117,11 @@ def _num_symbols(text: str, kind: GrammarKind) -> int:
     pattern = _EBNF_SYMBOL if kind is GrammarKind.EBNF else _REGEX_SYMBOL
     for match in pattern.finditer(text):
         symbol = match.group()
+        if symbol[0] == "#" and kind is GrammarKind.EBNF:
+            continue
+        closing = match.lastindex or 0
+        if closing > _NUM_REPETITION_GROUPS and match[closing] not in ("]", '"'):
+            return MAX_SYMBOLS + 1
         if symbol == "(":
             sizes.append(0)
             continue
@@ -111,11 +129,16 @@ def _num_symbols(text: str, kind: GrammarKind) -> int:
             last = sizes.pop()
         elif match.group(1) is not None:
             # What is there once already stands for the first time.
-            last *= max(1, int(match.group(2) or match.group(1))) - 1
+            last *= max(1, _repetitions(match.group(2) or match.group(1))) - 1
         else:
             last = len(symbol) if symbol[0] == '"' else 1
         sizes[-1] += last
     return sum(sizes)
+
+
+def _repetitions(digits: str) -> int:
+    """More than is allowed where there are more digits than anybody needs."""
+    return int(digits) if len(digits) < 10 else MAX_SYMBOLS + 2
 
 
 def _quoted(text: str) -> str:

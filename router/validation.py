@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from colm_serve.config import MAX_S, SlaClass, heavier_tpot_s
+from colm_serve.config import MAX_S, MIN_S, SlaClass, heavier_tpot_s
 from colm_serve.core import MAX_SEED, SamplingParams
 from colm_serve.errors import InvalidArgument, InvalidConfig
 from colm_serve.router.model_facts import ModelFacts
@@ -24,8 +24,8 @@ DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
 MAX_CACHE_SALT = 256
 ROLES = ("system", "user", "assistant")
-#: What a request may name itself, and the most that it may be.
-_TARGETS = {"ttft_ms": MAX_S * 1000, "tpot_ms": MAX_S * 1000, "deadline_s": MAX_S}
+#: What a request may name itself, and how much one of its units is in seconds.
+_TARGETS = {"ttft_ms": 1e-3, "tpot_ms": 1e-3, "deadline_s": 1.0}
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,9 @@ def _with_own_targets(request: GenerationRequest, sla: SlaClass) -> SlaClass:
     given = {field: value for field, value in own.items() if value is not None}
     for field, value in given.items():
         # Written so that NaN fails too.
-        if not 0 < value <= _TARGETS[field]:
-            raise InvalidArgument(field, value, f"above 0, to {_TARGETS[field]:.0f}")
+        least, most = MIN_S / _TARGETS[field], MAX_S / _TARGETS[field]
+        if not least <= value <= most:
+            raise InvalidArgument(field, value, f"{least:g} to {most:.0f}")
     return sla.model_copy(update=given) if given else sla
 
 

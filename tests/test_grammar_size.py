@@ -43,3 +43,22 @@ def test_in_a_grammar_a_string_is_its_characters_whatever_they_are() -> None:
 def test_patterns_that_would_take_all_memory_are_refused(kind: GrammarKind, text: str) -> None:
     with pytest.raises(InvalidArgument, match=rf"at most {MAX_SYMBOLS} symbols"):
         Grammar(kind, text, "structured_outputs.regex")
+
+
+@pytest.mark.parametrize(
+    "text", ["a{" + "9" * 5_000 + "}", "a{1," + "9" * 5_000 + "}", "[" * 9_000, "[" * 8_000 + "\\"]
+)
+@pytest.mark.parametrize("kind", [GrammarKind.REGEX, GrammarKind.EBNF])
+def test_what_cannot_be_counted_is_refused(kind: GrammarKind, text: str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"at most {MAX_SYMBOLS} symbols"):
+        Grammar(kind, text)
+
+
+def test_comments_of_a_grammar_are_no_symbols() -> None:
+    assert _num_symbols("root ::= a # it's \"[\na ::= b", GrammarKind.EBNF) == 8 + 5
+
+
+def test_integers_in_schemas_have_the_digits_of_floats() -> None:
+    Grammar(GrammarKind.JSON_SCHEMA, '{"maximum": 1' + "0" * 307 + "}")
+    with pytest.raises(InvalidArgument, match="an integer of 309 digits; allowed: 308"):
+        Grammar(GrammarKind.JSON_SCHEMA, '{"maximum": 1' + "0" * 308 + "}")

@@ -6,7 +6,7 @@ from colm_serve.config.planner import PlannerConfig
 from colm_serve.config.prefill import PrefillConfig, SparseConfig
 from colm_serve.config.ray import RayConfig
 from colm_serve.config.router import RouterConfig
-from colm_serve.config.section import MAX_S
+from colm_serve.config.section import MAX_S, MIN_S
 from colm_serve.config.sla import SlaClass, heavier_tpot_s
 from colm_serve.config.standby import StandbyConfig
 from colm_serve.config.tenant import TenantConfig
@@ -17,6 +17,7 @@ from colm_serve.config.yaml_file import load_yaml
 __all__ = [
     "MAX_S",
     "ClusterConfig",
+    "MIN_S",
     "DecodeConfig",
     "PlannerConfig",
     "PrefillConfig",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from pydantic import Field, model_validator
 
-from colm_serve.config.section import Count, Seconds, Section
+from colm_serve.config.section import Count, Seconds, Section, TargetMs
 
 
 class SlaClass(Section):
@@ -17,8 +17,8 @@ class SlaClass(Section):
     targets that is `max_level`. Where not everybody can have it, those of more `weight` have more.
     """
 
-    ttft_ms: float | None = Field(default=None, gt=0)
-    tpot_ms: float | None = Field(default=None, gt=0)
+    ttft_ms: TargetMs | None = None
+    tpot_ms: TargetMs | None = None
     min_level: Count = 1
     max_level: Count | None = None
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)

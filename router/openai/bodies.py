@@ -66,6 +66,9 @@ MAX_CHOICES = 16
 
 #: Better words than the checker's for fields that may be of several kinds.
 _ALLOWED = {
+#: Of the ids that the wire can carry.
+_MAX_ID_DIGITS = 10
+
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
     "stop": "a string or a list of strings",
     "messages": "a list of messages, each with a role and text as its content",
@@ -251,7 +254,7 @@ def read_body(kind: type[Body], raw: bytes) -> Body:
 
 def _logit_bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     for token_id in given:
-        if not (token_id.isascii() and token_id.isdigit()):
+        if not (token_id.isascii() and token_id.isdigit() and len(token_id) <= _MAX_ID_DIGITS):
             raise InvalidArgument("logit_bias", token_id, "token ids as keys")
     return tuple(sorted({int(token_id): bias for token_id, bias in given.items()}.items()))
 

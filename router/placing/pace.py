@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 
-#: That of requests without a target.
-SLOWEST = 14
+#: That of requests without a target, and that of a microsecond.
+SLOWEST, FASTEST = 14, -10
 
 
 def pace_of(tpot_s: float | None) -> int:
     """Targets for later tokens that round to the same power of two of milliseconds are one pace."""
-    if tpot_s is None or tpot_s >= 2**SLOWEST / 1e3:
+    if tpot_s is None or not tpot_s < 2**SLOWEST / 1e3:
         return SLOWEST
-    return round(math.log2(tpot_s * 1e3))
+    return max(FASTEST, round(math.log2(max(tpot_s * 1e3, 2.0**FASTEST))))

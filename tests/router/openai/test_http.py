@@ -290,6 +290,9 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETION, {"prompt": "x", "cache_salt": "s" * 257}, "cache_salt"),
     (COMPLETION, {"prompt": "x", "ttft_ms": 0}, "ttft_ms"),
     (COMPLETION, {"prompt": "x", "tpot_ms": "fast"}, "tpot_ms"),
+    (COMPLETION, {"prompt": "x", "ttft_ms": 1e-322}, "ttft_ms"),
+    (COMPLETION, {"prompt": "x", "tpot_ms": 1e-322}, "tpot_ms"),
+    (COMPLETION, {"prompt": "x", "deadline_s": 1e-322}, "deadline_s"),
     (COMPLETION, {"prompt": "x", "deadline_s": 1e6}, "deadline_s"),
     (COMPLETION, {"prompt": "x", "level": 0}, "level"),
     (COMPLETION, {"prompt": "x", "level": 4}, "level"),
@@ -411,6 +414,36 @@ async def test_bad_bodies_are_400(tmp_path: Path, raw: bytes) -> None:
         response = await cluster.http.post(COMPLETION, content=raw)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+LONG_INTEGERS = [
+    *(f'"{name}": %s' for name in (
+        "max_tokens", "seed", "n", "level", "min_level", "max_level", "logprobs", "min_tokens",
+        "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "best_of",
+        "frequency_penalty", "ttft_ms", "tpot_ms", "deadline_s", "stop", "echo", "stream",
+    )),
+    '"stop_token_ids": [%s]',
+    '"logit_bias": {"5": %s}',
+    '"logit_bias": {"%s": 1}',
+    '"response_format": {"type": "json_schema", "json_schema": {"schema": {"minimum": %s}}}',
+    '"structured_outputs": {"json": {"minimum": %s}}',
+    '"structured_outputs": {"json": "{\\"minimum\\": %s}"}',
+    '"structured_outputs": {"choice": %s}',
+    '"structured_outputs": {"%s": 1}',
+    '"prompt": [%s]',
+    '"prompt": [[1], [%s]]',
+]  # fmt: skip
+
+
+async def test_integers_of_any_length_are_400(tmp_path: Path) -> None:
+    async with scripted_cluster(tmp_path) as cluster:
+        for field in LONG_INTEGERS:
+            for digits in ("9" * 5_000, "-" + "9" * 4_000):
+                raw = '{"prompt": "x", ' + field % digits + "}"
+                response = await cluster.http.post(COMPLETION, content=raw)
+                assert response.status_code == 400, (field, response.text)
+                assert response.json()["error"]["param"], field
+        assert cluster.worker.requests == []
 
 
 async def test_unknown_paths_methods_and_models(tmp_path: Path) -> None:
