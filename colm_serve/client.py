@@ -86,6 +86,8 @@ class Options(TypedDict, total=False):
     ttft_ms: float | None
     tpot_ms: float | None
     deadline_s: float | None
+    add_special_tokens: bool
+    parse_special: bool
     timeout_s: float
 
 

@@ -37,7 +37,8 @@ class GenerationRequest:
     """What a client asks for, unchecked; None leaves a choice to the router.
 
     `model` may be empty, and may say a level: see `read_model_name`. With `prompt_logprobs`,
-    `max_tokens` may be 0: the prompt is scored, and that is all.
+    `max_tokens` may be 0: the prompt is scored, and that is all. How a text prompt is read
+    `add_special_tokens` and `parse_special` say, as in `Tokenizer.encode`.
     """
 
     prompt: Prompt
@@ -67,6 +68,8 @@ class GenerationRequest:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     deadline_s: float | None = None
+    add_special_tokens: bool = True
+    parse_special: bool = True
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def request_to_proto(request: GenerationRequest) -> generation_pb2.GenerateReque
             ttft_ms=request.ttft_ms,
             tpot_ms=request.tpot_ms,
             deadline_s=request.deadline_s,
+            add_special_tokens=request.add_special_tokens,
+            parse_special=request.parse_special,
         )
         _set_prompt(message, request.prompt)
     except (ValueError, TypeError) as error:
@@ -110,7 +112,14 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationReq
         ttft_ms=message.ttft_ms if message.HasField("ttft_ms") else None,
         tpot_ms=message.tpot_ms if message.HasField("tpot_ms") else None,
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
+        add_special_tokens=not _is_false(message, "add_special_tokens"),
+        parse_special=not _is_false(message, "parse_special"),
     )
+
+
+def _is_false(message: generation_pb2.GenerateRequest, field: str) -> bool:
+    """Whether a field that is true by default is there, and false."""
+    return message.HasField(field) and not getattr(message, field)
 
 
 def _prompt_from_proto(message: generation_pb2.GenerateRequest) -> Prompt:

@@ -13,6 +13,7 @@ from colm_serve.errors import CheckpointError, InvalidArgument
 from colm_serve.json_file import read_json
 from colm_serve.model.vocabulary import check_vocabulary, load_tokenizer, token_bytes
 from colm_serve.router.chat_template import chat_template
+from colm_serve.router.control_tokens import ControlTokens
 from colm_serve.router.request import ChatMessage
 
 
@@ -23,6 +24,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._special = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token")}
         self._template = chat_template(settings.get("chat_template"))
+        self._controls = ControlTokens(tokenizer, filter(None, self._special.values()))
         find_bytes = functools.partial(token_bytes, tokenizer)
         self._cached_bytes = functools.lru_cache(maxsize=16384)(find_bytes)
 
@@ -44,28 +46,64 @@ class Tokenizer:
         """
         check_vocabulary(self._tokenizer, folder, vocab_size)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, special tokens of the model's own (such as BOS) included.
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt; other threads go on meanwhile.
+
+        Args:
+            add_special_tokens: the model's own, such as BOS.
+            parse_special: whether the spelling of a control token in the text is that token.
 
         Raises:
             InvalidArgument: the text holds half a surrogate pair, so it is no Unicode text.
         """
         _check_unicode("prompt", text)
-        return tuple(self._tokenizer.encode(text).ids)
+        if not parse_special:
+            return self._controls.encode_text("prompt", text, add_special_tokens=add_special_tokens)
+        return self._encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Token ids of a conversation, up to where the assistant speaks.
 
+        Control tokens are the template's own: `ControlTokens` says how that is.
+
         Raises:
             InvalidArgument: the model has no chat template, or it refuses these messages.
         """
+        contents = [message.content for message in messages]
+        broken = self._controls.break_spellings("messages", contents)
+        text = self._render(messages, contents if broken is None else broken)
+        _check_unicode("messages", text)
+        if broken is not None:
+            return self._controls.encode_rendered(text)
+        return self._encode(text, add_special_tokens=False)
+
+    def spells_control_tokens(self, messages: Sequence[ChatMessage]) -> bool:
+        """Whether what users wrote has to be kept from making control tokens; raises as above."""
+        contents = [message.content for message in messages]
+        return self._controls.break_spellings("messages", contents) is not None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones left out; U+FFFD stands for bytes that are not UTF-8."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        # A batch, as other threads cannot run while a single text is encoded.
+        encode = self._tokenizer.encode_batch_fast
+        return tuple(encode([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def _render(self, messages: Sequence[ChatMessage], contents: Sequence[str]) -> str:
         if self._template is None:
             raise InvalidArgument(
                 "messages", "a chat", "a prompt only: this model has no chat template"
             )
         try:
-            text = self._template.render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
+            return self._template.render(
+                messages=[
+                    {"role": message.role, "content": content}
+                    for message, content in zip(messages, contents, strict=True)
+                ],
                 add_generation_prompt=True,
                 **self._special,
             )
@@ -73,12 +111,6 @@ class Tokenizer:
             # A template is a program that comes with the model; it may raise anything.
             allowed = f"what the model's chat template takes ({error})"
             raise InvalidArgument("messages", [m.role for m in messages], allowed) from error
-        _check_unicode("messages", text)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens, special ones left out; U+FFFD stands for bytes that are not UTF-8."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, special ones too; part of a UTF-8 character perhaps."""

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from colm_serve.config import MAX_S, MIN_S, SlaClass, heavier_tpot_s
 from colm_serve.core import MAX_SEED, SamplingParams
@@ -161,7 +162,13 @@ class Validator:
             case TextPrompt(text):
                 tokenizer = self._need_tokenizer("prompt", text)
                 # Long prompts take a while, and the event loop never computes.
-                prompt, field = await asyncio.to_thread(tokenizer.encode, text), "prompt"
+                encode = partial(
+                    tokenizer.encode,
+                    text,
+                    add_special_tokens=request.add_special_tokens,
+                    parse_special=request.parse_special,
+                )
+                prompt, field = await asyncio.to_thread(encode), "prompt"
             case ChatPrompt(messages):
                 tokenizer = self._need_tokenizer("messages", [m.role for m in messages])
                 _check_roles(messages)

@@ -35,7 +35,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "truncate_prompt_tokens": (),
-    "add_special_tokens": (True,),
+    "add_special_tokens": (True, False),
+    "parse_special": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -59,16 +60,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _SAME_NAME = (
     "model", "temperature", "top_p", "top_k", "seed", "ignore_eos", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "min_tokens", "sla_class", "level", "min_level",
-    "max_level", "cache_salt", "ttft_ms", "tpot_ms", "deadline_s",
+    "max_level", "cache_salt", "ttft_ms", "tpot_ms", "deadline_s", "add_special_tokens",
+    "parse_special",
 )  # fmt: skip
 
 MAX_CHOICES = 16
 
-#: Better words than the checker's for fields that may be of several kinds.
-_ALLOWED = {
 #: Of the ids that the wire can carry.
 _MAX_ID_DIGITS = 10
 
+#: Better words than the checker's for fields that may be of several kinds.
+_ALLOWED = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
     "stop": "a string or a list of strings",
     "messages": "a list of messages, each with a role and text as its content",
@@ -143,7 +145,7 @@ class _GenerationBody(_Body):
         prompt_logprobs: int | None = None,
     ) -> GenerationRequest:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        values = {name: getattr(self, name) for name in _SAME_NAME}
+        values = {name: getattr(self, name, None) for name in _SAME_NAME}
         return GenerationRequest(
             prompt=prompt,
             max_tokens=max_tokens,
@@ -163,6 +165,8 @@ class CompletionBody(_GenerationBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None
 
     def requests(self) -> list[GenerationRequest]:
         """One request for each prompt; raises InvalidArgument when there is none."""

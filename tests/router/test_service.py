@@ -18,7 +18,13 @@ from colm_serve.router.request import ChatPrompt, GenerationRequest, TextPrompt,
 from colm_serve.router.validation import DEFAULT_MAX_TOKENS, Validator
 from colm_serve.transport.channel import connect
 from colm_serve.transport.status import FIELD_KEY
-from tests.router.cluster import MAX_CONTEXT, MODEL, model_facts, scripted_cluster
+from tests.router.cluster import (
+    MAX_CONTEXT,
+    MODEL,
+    model_facts,
+    scripted_cluster,
+    trained_tokenizer,
+)
 from tests.router.scripted import Script
 
 GENERATE = "/colm.v1.GenerationService/Generate"
@@ -56,15 +62,15 @@ BAD: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
     (text(tpot_ms=-1.0), grpc.StatusCode.INVALID_ARGUMENT, "tpot_ms"),
     (text(tpot_ms=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "tpot_ms"),
     (text(deadline_s=float("inf")), grpc.StatusCode.INVALID_ARGUMENT, "deadline_s"),
+    (text(ttft_ms=9e7), grpc.StatusCode.INVALID_ARGUMENT, "ttft_ms"),
+    (text(tpot_ms=1e-322), grpc.StatusCode.INVALID_ARGUMENT, "tpot_ms"),
+    (text(deadline_s=5e-324), grpc.StatusCode.INVALID_ARGUMENT, "deadline_s"),
     (text(deadline_s=86401.0), grpc.StatusCode.INVALID_ARGUMENT, "deadline_s"),
     (text(stop=[""]), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
     (text(stop=["x"] * 17), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
     (sampled(temperature=2.1), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
     (sampled(temperature=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
     (sampled(top_p=0.0), grpc.StatusCode.INVALID_ARGUMENT, "top_p"),
-    (text(ttft_ms=9e7), grpc.StatusCode.INVALID_ARGUMENT, "ttft_ms"),
-    (text(tpot_ms=1e-322), grpc.StatusCode.INVALID_ARGUMENT, "tpot_ms"),
-    (text(deadline_s=5e-324), grpc.StatusCode.INVALID_ARGUMENT, "deadline_s"),
     (sampled(top_k=-1), grpc.StatusCode.INVALID_ARGUMENT, "top_k"),
     (sampled(max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
     (sampled(max_tokens=128), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
@@ -283,3 +289,22 @@ async def test_requests_of_a_class_with_less_weight_than_another_yield_to_it() -
 async def test_no_tokenizer_is_said_before_anything_else(prompt: Any) -> None:
     with pytest.raises(InvalidArgument, match="no tokenizer"):
         await validator().check(GenerationRequest(prompt))
+
+
+async def test_how_a_text_is_read_can_be_chosen(tmp_path: Path) -> None:
+    text = "a<|user|>b"
+    async with scripted_cluster(tmp_path) as cluster:
+        parsed = trained_tokenizer().encode(text).ids
+        for options in ({}, {"parse_special": True}, {"parse_special": False}):
+            async for _ in cluster.client.generate(text, max_tokens=1, **options):
+                pass
+            body = {"prompt": text, "max_tokens": 1, "add_special_tokens": True, **options}
+            assert (await cluster.http.post("/v1/completions", json=body)).status_code == 200
+        prompts = [list(request.prompt) for request in cluster.worker.requests]
+        assert prompts[:4] == [parsed] * 4
+        assert prompts[4] == prompts[5]
+        assert not {0, 1, 2, 3} & set(prompts[4])
+        assert trained_tokenizer().decode(prompts[4]) == text
+        chat = {"messages": [{"role": "user", "content": text}], "parse_special": True}
+        response = await cluster.http.post("/v1/chat/completions", json=chat)
+        assert response.json()["error"]["param"] == "parse_special"

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from colm_serve.proto.colm.v1 import common_pb2 as colm__serve_dot_proto_dot_colm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)colm_serve/proto/colm/v1/generation.proto\x12\x07\x63olm.v1\x1a%colm_serve/proto/colm/v1/common.proto\"\xbf\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12-\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x11.colm.v1.TokenIdsH\x00\x12\x1d\n\x04\x63hat\x18\x04 \x01(\x0b\x32\r.colm.v1.ChatH\x00\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.colm.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x11\n\tsla_class\x18\x07 \x01(\t\x12\x12\n\x05level\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\tmin_level\x18\t \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tmax_level\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x14\n\x07ttft_ms\x18\x0c \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\r \x01(\x01H\x05\x88\x01\x01\x12\x17\n\ndeadline_s\x18\x0e \x01(\x01H\x06\x88\x01\x01\x42\x07\n\x05inputB\x08\n\x06_levelB\x0c\n\n_min_levelB\x0c\n\n_max_levelB\n\n\x08_ttft_msB\n\n\x08_tpot_msB\r\n\x0b_deadline_s\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.colm.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb5\x01\n\rGenerateEvent\x12#\n\x07started\x18\x01 \x01(\x0b\x32\x10.colm.v1.StartedH\x00\x12\x1f\n\x05token\x18\x02 \x01(\x0b\x32\x0e.colm.v1.TokenH\x00\x12%\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x11.colm.v1.FinishedH\x00\x12.\n\rscored_prompt\x18\x04 \x01(\x0b\x32\x15.colm.v1.ScoredPromptH\x00\x42\x07\n\x05\x65vent\"P\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\r\x12\x13\n\x0bis_brownout\x18\x04 \x01(\x08\"[\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\r\x12#\n\x08logprobs\x18\x04 \x01(\x0b\x32\x11.colm.v1.Logprobs\"\x86\x01\n\x08\x46inished\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.colm.v1.FinishReason\x12\x1d\n\x05usage\x18\x02 \x01(\x0b\x32\x0e.colm.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.colm.v1.StageTimings\x12\x0c\n\x04text\x18\x04 \x01(\t\"t\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1a\n\x12num_shipped_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\r\"4\n\x0fSetLevelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05level\x18\x02 \x01(\r\"\x12\n\x10SetLevelResponse\"\x16\n\x14\x43lusterStatusRequest\"u\n\rClusterStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nnum_levels\x18\x02 \x01(\r\x12\x1a\n\x12membership_version\x18\x03 \x01(\x04\x12%\n\x07workers\x18\x04 \x03(\x0b\x32\x14.colm.v1.WorkerState\"\xe3\x01\n\x0bWorkerState\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x14\n\x0cis_reachable\x18\x05 \x01(\x08\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x17\n\x0fnum_preemptions\x18\n \x01(\x04\x12\x0f\n\x07variant\x18\x0b \x01(\t2\xdf\x01\n\x11GenerationService\x12>\n\x08Generate\x12\x18.colm.v1.GenerateRequest\x1a\x16.colm.v1.GenerateEvent0\x01\x12?\n\x08SetLevel\x12\x18.colm.v1.SetLevelRequest\x1a\x19.colm.v1.SetLevelResponse\x12I\n\x10GetClusterStatus\x12\x1d.colm.v1.ClusterStatusRequest\x1a\x16.colm.v1.ClusterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)colm_serve/proto/colm/v1/generation.proto\x12\x07\x63olm.v1\x1a%colm_serve/proto/colm/v1/common.proto\"\xa5\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12-\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x11.colm.v1.TokenIdsH\x00\x12\x1d\n\x04\x63hat\x18\x04 \x01(\x0b\x32\r.colm.v1.ChatH\x00\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.colm.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x11\n\tsla_class\x18\x07 \x01(\t\x12\x12\n\x05level\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\tmin_level\x18\t \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tmax_level\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x14\n\x07ttft_ms\x18\x0c \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\r \x01(\x01H\x05\x88\x01\x01\x12\x17\n\ndeadline_s\x18\x0e \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x10 \x01(\x08H\x07\x88\x01\x01\x12\x1a\n\rparse_special\x18\x11 \x01(\x08H\x08\x88\x01\x01\x42\x07\n\x05inputB\x08\n\x06_levelB\x0c\n\n_min_levelB\x0c\n\n_max_levelB\n\n\x08_ttft_msB\n\n\x08_tpot_msB\r\n\x0b_deadline_sB\x15\n\x13_add_special_tokensB\x10\n\x0e_parse_special\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.colm.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb5\x01\n\rGenerateEvent\x12#\n\x07started\x18\x01 \x01(\x0b\x32\x10.colm.v1.StartedH\x00\x12\x1f\n\x05token\x18\x02 \x01(\x0b\x32\x0e.colm.v1.TokenH\x00\x12%\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x11.colm.v1.FinishedH\x00\x12.\n\rscored_prompt\x18\x04 \x01(\x0b\x32\x15.colm.v1.ScoredPromptH\x00\x42\x07\n\x05\x65vent\"P\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\r\x12\x13\n\x0bis_brownout\x18\x04 \x01(\x08\"[\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\r\x12#\n\x08logprobs\x18\x04 \x01(\x0b\x32\x11.colm.v1.Logprobs\"\x86\x01\n\x08\x46inished\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.colm.v1.FinishReason\x12\x1d\n\x05usage\x18\x02 \x01(\x0b\x32\x0e.colm.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.colm.v1.StageTimings\x12\x0c\n\x04text\x18\x04 \x01(\t\"t\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1a\n\x12num_shipped_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\r\"4\n\x0fSetLevelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05level\x18\x02 \x01(\r\"\x12\n\x10SetLevelResponse\"\x16\n\x14\x43lusterStatusRequest\"u\n\rClusterStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nnum_levels\x18\x02 \x01(\r\x12\x1a\n\x12membership_version\x18\x03 \x01(\x04\x12%\n\x07workers\x18\x04 \x03(\x0b\x32\x14.colm.v1.WorkerState\"\xe3\x01\n\x0bWorkerState\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x14\n\x0cis_reachable\x18\x05 \x01(\x08\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x17\n\x0fnum_preemptions\x18\n \x01(\x04\x12\x0f\n\x07variant\x18\x0b \x01(\t2\xdf\x01\n\x11GenerationService\x12>\n\x08Generate\x12\x18.colm.v1.GenerateRequest\x1a\x16.colm.v1.GenerateEvent0\x01\x12?\n\x08SetLevel\x12\x18.colm.v1.SetLevelRequest\x1a\x19.colm.v1.SetLevelResponse\x12I\n\x10GetClusterStatus\x12\x1d.colm.v1.ClusterStatusRequest\x1a\x16.colm.v1.ClusterStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,33 +33,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm_serve.proto.colm.v1.ge
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=94
-  _globals['_GENERATEREQUEST']._serialized_end=541
-  _globals['_TOKENIDS']._serialized_start=543
-  _globals['_TOKENIDS']._serialized_end=566
-  _globals['_CHAT']._serialized_start=568
-  _globals['_CHAT']._serialized_end=614
-  _globals['_CHATMESSAGE']._serialized_start=616
-  _globals['_CHATMESSAGE']._serialized_end=660
-  _globals['_GENERATEEVENT']._serialized_start=663
-  _globals['_GENERATEEVENT']._serialized_end=844
-  _globals['_STARTED']._serialized_start=846
-  _globals['_STARTED']._serialized_end=926
-  _globals['_TOKEN']._serialized_start=928
-  _globals['_TOKEN']._serialized_end=1019
-  _globals['_FINISHED']._serialized_start=1022
-  _globals['_FINISHED']._serialized_end=1156
-  _globals['_USAGE']._serialized_start=1158
-  _globals['_USAGE']._serialized_end=1274
-  _globals['_SETLEVELREQUEST']._serialized_start=1276
-  _globals['_SETLEVELREQUEST']._serialized_end=1328
-  _globals['_SETLEVELRESPONSE']._serialized_start=1330
-  _globals['_SETLEVELRESPONSE']._serialized_end=1348
-  _globals['_CLUSTERSTATUSREQUEST']._serialized_start=1350
-  _globals['_CLUSTERSTATUSREQUEST']._serialized_end=1372
-  _globals['_CLUSTERSTATUS']._serialized_start=1374
-  _globals['_CLUSTERSTATUS']._serialized_end=1491
-  _globals['_WORKERSTATE']._serialized_start=1494
-  _globals['_WORKERSTATE']._serialized_end=1721
-  _globals['_GENERATIONSERVICE']._serialized_start=1724
-  _globals['_GENERATIONSERVICE']._serialized_end=1947
+  _globals['_GENERATEREQUEST']._serialized_end=643
+  _globals['_TOKENIDS']._serialized_start=645
+  _globals['_TOKENIDS']._serialized_end=668
+  _globals['_CHAT']._serialized_start=670
+  _globals['_CHAT']._serialized_end=716
+  _globals['_CHATMESSAGE']._serialized_start=718
+  _globals['_CHATMESSAGE']._serialized_end=762
+  _globals['_GENERATEEVENT']._serialized_start=765
+  _globals['_GENERATEEVENT']._serialized_end=946
+  _globals['_STARTED']._serialized_start=948
+  _globals['_STARTED']._serialized_end=1028
+  _globals['_TOKEN']._serialized_start=1030
+  _globals['_TOKEN']._serialized_end=1121
+  _globals['_FINISHED']._serialized_start=1124
+  _globals['_FINISHED']._serialized_end=1258
+  _globals['_USAGE']._serialized_start=1260
+  _globals['_USAGE']._serialized_end=1376
+  _globals['_SETLEVELREQUEST']._serialized_start=1378
+  _globals['_SETLEVELREQUEST']._serialized_end=1430
+  _globals['_SETLEVELRESPONSE']._serialized_start=1432
+  _globals['_SETLEVELRESPONSE']._serialized_end=1450
+  _globals['_CLUSTERSTATUSREQUEST']._serialized_start=1452
+  _globals['_CLUSTERSTATUSREQUEST']._serialized_end=1474
+  _globals['_CLUSTERSTATUS']._serialized_start=1476
+  _globals['_CLUSTERSTATUS']._serialized_end=1593
+  _globals['_WORKERSTATE']._serialized_start=1596
+  _globals['_WORKERSTATE']._serialized_end=1823
+  _globals['_GENERATIONSERVICE']._serialized_start=1826
+  _globals['_GENERATIONSERVICE']._serialized_end=2049
 # @@protoc_insertion_point(module_scope)
