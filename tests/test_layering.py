@@ -16,7 +16,7 @@ PACKAGE = ROOT / "colm_serve"
 LAYERS = (
     {"proto", "kernels", "errors"},
     {"box", "files", "grammar", "json_file", "yaml_text"},
-    {"config", "core"},
+    {"box_pool", "config", "core"},
     {"kv", "latency"},
     {"model"},
     {"engine", "transport", "training", "convert"},
