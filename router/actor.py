@@ -33,6 +33,7 @@ class RouterActor:
     def __init__(self, config: ClusterConfig) -> None:
         self._service = RouterService(config)
         self._host = ServiceThread(self._service)
+        self._service.start_reading()
         settle_heap()
 
     def describe(self) -> RouterAddresses:

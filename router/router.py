@@ -30,6 +30,7 @@ from colm_serve.router.placer import Placer
 from colm_serve.router.placing.policy import make_policy
 from colm_serve.router.planner import Demand, WorkerCosts
 from colm_serve.router.poller import StatusPoller
+from colm_serve.router.reading.reader import Reader
 from colm_serve.router.request import Finished, GenerationEvent, GenerationRequest
 from colm_serve.router.running import RunningRequest
 from colm_serve.router.served_model import ServedModel
@@ -82,9 +83,15 @@ class Router:
             clock=clock,
             patience_s=patience_s,
         )
+        models = ((model, tokenizer), *variants)
+        folders = {
+            facts.name: (str(config.folder_of(facts.variant)), facts.max_context)
+            for facts, _ in models
+        }
+        self.reader = Reader(config.limits, folders)
         self._served = {
-            facts.name: ServedModel.make(config, facts, its_tokenizer, make_placer())
-            for facts, its_tokenizer in ((model, tokenizer), *variants)
+            facts.name: ServedModel.make(config, facts, its_tokenizer, make_placer(), self.reader)
+            for facts, its_tokenizer in models
         }
         self._running: dict[str, RunningRequest] = {}
         is_adaptive = config.router.policy != "fixed_level"
@@ -102,6 +109,7 @@ class Router:
         await self._levels.stop()
         await self._poller.stop()
         await self._clients.close_all()
+        await self.reader.close()
 
     async def generate(
         self, request: GenerationRequest, tenant: Tenant = ANYBODY

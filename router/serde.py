@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from colm_serve.core import FLOAT_FIELDS, ScoredPrompt, as_carried
+from google.protobuf.message import DecodeError
+
+from colm_serve.config import LimitsConfig
+from colm_serve.core import (
+    FLOAT_FIELDS,
+    MAX_LOGIT_BIAS_TOKENS,
+    MAX_STOP_TOKEN_IDS,
+    ScoredPrompt,
+    as_carried,
+)
 from colm_serve.errors import DataLoss, InvalidArgument
 from colm_serve.proto.colm.v1 import common_pb2, generation_pb2
 from colm_serve.router.cluster_status import ClusterStatus, WorkerState
@@ -19,6 +28,7 @@ from colm_serve.router.request import (
     TokenPrompt,
     Usage,
 )
+from colm_serve.router.sizes import check_count, check_sizes
 from colm_serve.transport.serde import (
     finish_reason_from_proto,
     finish_reason_to_proto,
@@ -86,9 +96,30 @@ def _set_prompt(message: generation_pb2.GenerateRequest, prompt: Prompt) -> None
             message.chat.CopyFrom(chat)
 
 
-def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerationRequest:
-    """Raises InvalidArgument when there is no prompt, or a grammar that can not be one."""
+def read_request(raw: bytes, limits: LimitsConfig) -> GenerationRequest:
+    """A GenerateRequest that was sent; raises InvalidArgument as `request_from_proto`."""
+    try:
+        message = generation_pb2.GenerateRequest.FromString(raw)
+    except DecodeError as error:
+        raise InvalidArgument("request", raw, f"a message that parses ({error})") from error
+    request = request_from_proto(message, limits)
+    check_sizes(request, limits)
+    return request
+
+
+def request_from_proto(
+    message: generation_pb2.GenerateRequest, limits: LimitsConfig
+) -> GenerationRequest:
+    """Raises InvalidArgument for too much, for no prompt, and for what is no grammar."""
     sampling = message.sampling
+    for field, values, most in (
+        ("prompt", message.prompt_token_ids.ids, limits.max_token_ids),
+        ("messages", message.chat.messages, limits.max_messages),
+        ("stop", message.stop, limits.max_stop_strings),
+        ("logit_bias", sampling.logit_bias, MAX_LOGIT_BIAS_TOKENS),
+        ("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKEN_IDS),
+    ):
+        check_count(field, len(values), most)
     return GenerationRequest(
         prompt=_prompt_from_proto(message),
         model=message.model,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from colm_serve.config import ClusterConfig
 from colm_serve.router.model_facts import ModelFacts
 from colm_serve.router.placer import Placer
+from colm_serve.router.reading.reader import Reader
 from colm_serve.router.request import Prompt, TextPrompt, TokenPrompt
 from colm_serve.router.tokenizer import Tokenizer
 from colm_serve.router.validation import Validator
@@ -30,11 +32,14 @@ class ServedModel:
         facts: ModelFacts,
         tokenizer: Tokenizer | None,
         placer: Placer,
+        reader: Reader,
     ) -> ServedModel:
         """Raises InvalidConfig as `Validator`."""
+        encode = None if tokenizer is None else partial(reader.encode, facts.name, tokenizer)
+        sla_classes, default = config.sla_classes, config.default_sla_class
         return cls(
             facts,
-            Validator(facts, tokenizer, config.sla_classes, config.default_sla_class),
+            Validator(facts, encode, sla_classes, default, config.limits),
             placer,
             None if tokenizer is None else tokenizer.decode,
             _unknown if tokenizer is None else tokenizer.token_bytes,
@@ -46,7 +51,9 @@ class ServedModel:
             case TextPrompt(text):
                 return text
             case TokenPrompt(token_ids) if self.decode_text is not None:
-                known = [i for i in token_ids if 0 <= i < self.facts.vocab_size]
+                # A longer one is refused.
+                begin = token_ids[: self.facts.max_context]
+                known = [i for i in begin if 0 <= i < self.facts.vocab_size]
                 return self.decode_text(known)
         return ""
 

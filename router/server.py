@@ -82,6 +82,10 @@ class RouterService:
         await asyncio.gather(self._grpc.stop(grace_s), self._http.stop(grace_s))
         await self._router.close()
 
+    def start_reading(self) -> None:
+        """Have the processes for large requests ready before they are needed; from any thread."""
+        self._router.reader.start()
+
     def update_membership(self, membership: Membership) -> None:
         """Tell the router who is in the cluster; from any thread, once started."""
         update = self._router.update_membership(membership)
@@ -97,8 +101,8 @@ class RouterService:
 
     async def _start_grpc(self) -> None:
         router = self._config.router
-        self._grpc = make_server()
         service = GenerationService(self._router, router.stall_timeout_s)
+        self._grpc = make_server(self._config.limits.max_body_bytes, service.look)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, self._grpc)
         await add_health(self._grpc)
         names = (SERVICE_NAME, "grpc.health.v1.Health", reflection.SERVICE_NAME)

@@ -7,10 +7,11 @@ from typing import Any
 
 import grpc.aio
 
-from colm_serve.errors import ColmError
+from colm_serve.errors import ColmError, RequestTooLarge
 from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
 from colm_serve.router import serde
 from colm_serve.router.openai.level_headers import level_headers
+from colm_serve.router.reading.reader import SMALL_BYTES
 from colm_serve.router.request import Started
 from colm_serve.router.router import Router
 from colm_serve.router.tenants import Tenant
@@ -20,6 +21,7 @@ from colm_serve.transport.status import abort
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_GENERATE = f"/{SERVICE_NAME}/Generate"
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -29,10 +31,19 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._router = router
         self._stall_timeout_s = stall_timeout_s
 
+    async def look(self, method: str, data: bytes) -> None:
+        """Refuse what takes long to parse; raises ColmError. For `make_server`."""
+        reader = self._router.reader
+        if method == _GENERATE:
+            await reader.message(data)
+        elif len(data) > SMALL_BYTES:
+            raise RequestTooLarge("request", f"{len(data)} bytes", f"at most {SMALL_BYTES}")
+
     async def Generate(self, request: generation_pb2.GenerateRequest, context: _Context) -> None:
         try:
             tenant = self._tenant(context)
-            generation = self._router.generate(serde.request_from_proto(request), tenant)
+            asked = serde.request_from_proto(request, self._router.reader.limits)
+            generation = self._router.generate(asked, tenant)
             async with aclosing(generation) as events:
                 async for event in events:
                     if isinstance(event, Started):

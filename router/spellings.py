@@ -64,7 +64,8 @@ class Spellings:
         """Of beginnings of tokens those that a text goes on with, or is wholly within."""
         if not beginnings:
             return set()
-        heads, wholes = set(), set()
+        heads: set[str] = set()
+        wholes: set[str] = set()
         for text in lowered:
             for head in (text[: self._longest], text.lstrip()[: self._longest]):
                 heads.update(head[:length] for length in range(1, len(head) + 1))

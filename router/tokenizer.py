@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from colm_serve.model.vocabulary import check_vocabulary, load_tokenizer, token_
 from colm_serve.router.chat_template import chat_template
 from colm_serve.router.control_tokens import ControlTokens
 from colm_serve.router.request import ChatMessage
+from colm_serve.router.sizes import check_chars
 
 
 class Tokenizer:
@@ -63,18 +65,23 @@ class Tokenizer:
             return self._controls.encode_text("prompt", text, add_special_tokens=add_special_tokens)
         return self._encode(text, add_special_tokens=add_special_tokens)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], max_chars: int | None = None
+    ) -> tuple[int, ...]:
         """Token ids of a conversation, up to where the assistant speaks.
 
         Control tokens are the template's own: `ControlTokens` says how that is.
 
         Raises:
             InvalidArgument: the model has no chat template, or it refuses these messages.
+            RequestTooLarge: the template makes more than `max_chars` of them.
         """
         contents = [message.content for message in messages]
         broken = self._controls.break_spellings("messages", contents)
         text = self._render(messages, contents if broken is None else broken)
         _check_unicode("messages", text)
+        if max_chars is not None:
+            check_chars("messages", len(text), max_chars)
         if broken is not None:
             return self._controls.encode_rendered(text)
         return self._encode(text, add_special_tokens=False)
@@ -87,6 +94,19 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out; U+FFFD stands for bytes that are not UTF-8."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @functools.cached_property
+    def longest_token_chars(self) -> int | None:
+        """No text has more characters than this for each of its tokens; None where one may."""
+        spec = json.loads(self._tokenizer.to_str())
+        is_kept = all(_keeps_characters(spec[step]) for step in ("normalizer", "pre_tokenizer"))
+        takes_spaces = any(token["lstrip"] or token["rstrip"] for token in spec["added_tokens"])
+        if spec["model"]["type"] != "BPE" or not is_kept or takes_spaces:
+            return None
+        is_bytes = "ByteLevel" in json.dumps(spec["pre_tokenizer"])
+        if not (is_bytes or spec["model"].get("byte_fallback")):
+            return None
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         # A batch, as other threads cannot run while a single text is encoded.
@@ -115,6 +135,18 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, special ones too; part of a UTF-8 character perhaps."""
         return self._cached_bytes(token_id)
+
+
+def _keeps_characters(step: dict[str, Any] | None) -> bool:
+    """Whether no character of a text is left out by a normalizer or pre-tokenizer."""
+    if step is None:
+        return True
+    if step["type"] == "Sequence":
+        inner = step.get("normalizers") or step.get("pretokenizers") or []
+        return all(map(_keeps_characters, inner))
+    if step["type"] == "Split":
+        return bool(step["behavior"] != "Removed")
+    return step["type"] in ("ByteLevel", "Prepend", "Metaspace", "Digits")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from colm_serve.config import MAX_S, MIN_S, SlaClass, heavier_tpot_s
+from colm_serve.config import MAX_S, MIN_S, LimitsConfig, SlaClass, heavier_tpot_s
 from colm_serve.core import MAX_SEED, SamplingParams
 from colm_serve.errors import InvalidArgument, InvalidConfig
 from colm_serve.router.model_facts import ModelFacts
-from colm_serve.router.request import (
-    ChatMessage,
-    ChatPrompt,
-    GenerationRequest,
-    TextPrompt,
-    TokenPrompt,
-)
-from colm_serve.router.tokenizer import Tokenizer
+from colm_serve.router.reading.encode import check_length
+from colm_serve.router.request import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
+from colm_serve.router.sizes import check_sizes
+
+#: Token ids of a request's text or chat; raises InvalidArgument.
+Encode = Callable[[GenerationRequest], Awaitable[tuple[int, ...]]]
 
 DEFAULT_MAX_TOKENS = 256
-MAX_STOP_STRINGS = 16
-MAX_CACHE_SALT = 256
-ROLES = ("system", "user", "assistant")
 #: What a request may name itself, and how much one of its units is in seconds.
 _TARGETS = {"ttft_ms": 1e-3, "tpot_ms": 1e-3, "deadline_s": 1.0}
 
@@ -53,6 +46,10 @@ class CheckedRequest:
 class Validator:
     """Checks requests against one model and the cluster's SLA classes.
 
+    Args:
+        encode_text: None for a model without a tokenizer.
+        limits: None for the defaults.
+
     Raises:
         InvalidConfig: a class whose `min_level` the model does not have.
     """
@@ -60,12 +57,14 @@ class Validator:
     def __init__(
         self,
         model: ModelFacts,
-        tokenizer: Tokenizer | None,
+        encode_text: Encode | None,
         sla_classes: Mapping[str, SlaClass],
         default_sla_class: str,
+        limits: LimitsConfig | None = None,
     ) -> None:
         self._model = model
-        self._tokenizer = tokenizer
+        self._encode_text = encode_text
+        self._limits = limits or LimitsConfig()
         self._sla_classes = sla_classes
         self._default_sla_class = default_sla_class
         self._heavier_tpot_s = heavier_tpot_s(sla_classes)
@@ -85,17 +84,14 @@ class Validator:
         Raises:
             InvalidArgument: names the field, its value and what is allowed.
         """
+        check_sizes(request, self._limits)
         sla_class = self._sla_class(request.sla_class, sla_classes)
         sla = self._sla_classes[sla_class]
         min_level, max_level = self._levels(request, sla)
         sla = _with_own_targets(request, sla)
-        _check_stop(request.stop)
-        if len(request.cache_salt) > MAX_CACHE_SALT:
-            shown = f"{len(request.cache_salt)} characters"
-            raise InvalidArgument("cache_salt", shown, f"at most {MAX_CACHE_SALT}")
-        if request.stop and self._tokenizer is None:
+        if request.stop and self._encode_text is None:
             raise InvalidArgument("stop", list(request.stop), "none: this model has no tokenizer")
-        if request.grammar is not None and self._tokenizer is None:
+        if request.grammar is not None and self._encode_text is None:
             allowed = "none: this model has no tokenizer"
             raise InvalidArgument(request.grammar.field, request.grammar.text, allowed)
         prompt = await self._encode(request)
@@ -158,27 +154,13 @@ class Validator:
     async def _encode(self, request: GenerationRequest) -> tuple[int, ...]:
         match request.prompt:
             case TokenPrompt(token_ids):
-                prompt, field = self._check_token_ids(token_ids), "prompt"
+                check_length("prompt", token_ids, self._model.max_context)
+                return self._check_token_ids(token_ids)
             case TextPrompt(text):
-                tokenizer = self._need_tokenizer("prompt", text)
-                # Long prompts take a while, and the event loop never computes.
-                encode = partial(
-                    tokenizer.encode,
-                    text,
-                    add_special_tokens=request.add_special_tokens,
-                    parse_special=request.parse_special,
-                )
-                prompt, field = await asyncio.to_thread(encode), "prompt"
+                encoder = self._need_encoder("prompt", text)
             case ChatPrompt(messages):
-                tokenizer = self._need_tokenizer("messages", [m.role for m in messages])
-                _check_roles(messages)
-                field = "messages"
-                prompt = await asyncio.to_thread(tokenizer.encode_chat, messages)
-        longest = self._model.max_context - 1
-        if not 1 <= len(prompt) <= longest:
-            shown = f"{len(prompt)} tokens"
-            raise InvalidArgument(field, shown, f"1 to {longest} tokens, to leave room for one")
-        return prompt
+                encoder = self._need_encoder("messages", [m.role for m in messages])
+        return await encoder(request)
 
     def _check_token_ids(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         vocab_size = self._model.vocab_size
@@ -189,10 +171,10 @@ class Validator:
             raise InvalidArgument(f"prompt[{position}]", token_ids[position], allowed)
         return token_ids
 
-    def _need_tokenizer(self, field: str, value: object) -> Tokenizer:
-        if self._tokenizer is None:
+    def _need_encoder(self, field: str, value: object) -> Encode:
+        if self._encode_text is None:
             raise InvalidArgument(field, value, "token ids: this model has no tokenizer")
-        return self._tokenizer
+        return self._encode_text
 
     def _sampling(self, request: GenerationRequest, num_prompt_tokens: int) -> SamplingParams:
         room = self._model.max_context - num_prompt_tokens
@@ -244,16 +226,3 @@ def _with_own_targets(request: GenerationRequest, sla: SlaClass) -> SlaClass:
         if not least <= value <= most:
             raise InvalidArgument(field, value, f"{least:g} to {most:.0f}")
     return sla.model_copy(update=given) if given else sla
-
-
-def _check_roles(messages: tuple[ChatMessage, ...]) -> None:
-    if not messages:
-        raise InvalidArgument("messages", [], "one or more messages")
-    for position, message in enumerate(messages):
-        if message.role not in ROLES:
-            raise InvalidArgument(f"messages[{position}].role", message.role, ", ".join(ROLES))
-
-
-def _check_stop(stop: tuple[str, ...]) -> None:
-    if len(stop) > MAX_STOP_STRINGS or not all(stop):
-        raise InvalidArgument("stop", list(stop), f"at most {MAX_STOP_STRINGS} non-empty strings")

@@ -2,6 +2,7 @@
 
 from colm_serve.config.cluster import ClusterConfig
 from colm_serve.config.decode import DecodeConfig, SpeculationConfig
+from colm_serve.config.limits import LimitsConfig
 from colm_serve.config.planner import PlannerConfig
 from colm_serve.config.prefill import PrefillConfig, SparseConfig
 from colm_serve.config.ray import RayConfig
@@ -16,9 +17,10 @@ from colm_serve.config.yaml_file import load_yaml
 
 __all__ = [
     "MAX_S",
-    "ClusterConfig",
     "MIN_S",
+    "ClusterConfig",
     "DecodeConfig",
+    "LimitsConfig",
     "PlannerConfig",
     "PrefillConfig",
     "RayConfig",

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from colm_serve.config.decode import DecodeConfig
+from colm_serve.config.limits import LimitsConfig
 from colm_serve.config.planner import PlannerConfig
 from colm_serve.config.prefill import PrefillConfig
 from colm_serve.config.ray import RayConfig
@@ -33,6 +34,7 @@ class ClusterConfig(Section):
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
     router: RouterConfig = RouterConfig()
+    limits: LimitsConfig = LimitsConfig()
     standby: StandbyConfig = StandbyConfig()
     planner: PlannerConfig = PlannerConfig()
     ray: RayConfig = RayConfig()

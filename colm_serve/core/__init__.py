@@ -23,8 +23,10 @@ from colm_serve.core.membership import Member, Membership, WorkerKind
 from colm_serve.core.prefill_call import PrefillRequest, SegmentName
 from colm_serve.core.sampling import (
     FLOAT_FIELDS,
+    MAX_LOGIT_BIAS_TOKENS,
     MAX_LOGPROBS,
     MAX_SEED,
+    MAX_STOP_TOKEN_IDS,
     SamplingParams,
     as_carried,
     as_written,
@@ -33,8 +35,10 @@ from colm_serve.core.status import DecodeStatus, PrefillStatus
 
 __all__ = [
     "FLOAT_FIELDS",
+    "MAX_LOGIT_BIAS_TOKENS",
     "MAX_LOGPROBS",
     "MAX_SEED",
+    "MAX_STOP_TOKEN_IDS",
     "Admitted",
     "DecodeEvent",
     "DecodeRequest",

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 
 from colm_serve.config import TlsConfig, check_bind_address
-from colm_serve.transport.unreadable import RefuseUnreadable
+from colm_serve.transport.unreadable import Look, RefuseUnreadable
 
 #: A KV frame of a chunk's layer, with room to spare; prompts are far smaller.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -26,9 +26,16 @@ _OPTIONS: list[tuple[str, int]] = [
 _SERVER_OPTIONS = [*_OPTIONS, ("grpc.so_reuseport", 0)]
 
 
-def make_server() -> grpc.aio.Server:
-    """A server with our limits; add servicers, `bind` it, start it."""
-    return grpc.aio.server(interceptors=(RefuseUnreadable(),), options=_SERVER_OPTIONS)
+def make_server(
+    max_request_bytes: int = MAX_MESSAGE_BYTES, look: Look | None = None
+) -> grpc.aio.Server:
+    """A server with our limits; add servicers, `bind` it, start it.
+
+    Args:
+        look: sees a request's bytes before they are parsed, and may refuse them.
+    """
+    refuse = RefuseUnreadable(max_request_bytes, look)
+    return grpc.aio.server(interceptors=(refuse,), options=_SERVER_OPTIONS)
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, tls: TlsConfig | None) -> str:

@@ -7,13 +7,16 @@ than it would give: these are refused by name, never dropped.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from colm_serve.config import LimitsConfig
 from colm_serve.core import MAX_LOGPROBS
 from colm_serve.errors import InvalidArgument
 from colm_serve.router.openai.grammar import read_grammar
+from colm_serve.router.openai.json_size import check_json
+from colm_serve.router.reading.asked import Asked
 from colm_serve.router.request import (
     ChatMessage,
     ChatPrompt,
@@ -22,6 +25,7 @@ from colm_serve.router.request import (
     TextPrompt,
     TokenPrompt,
 )
+from colm_serve.router.sizes import check_count, check_prompt, check_sizes
 
 #: Unsupported fields, and the values at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -64,8 +68,6 @@ _SAME_NAME = (
     "parse_special",
 )  # fmt: skip
 
-MAX_CHOICES = 16
-
 #: Of the ids that the wire can carry.
 _MAX_ID_DIGITS = 10
 
@@ -76,6 +78,11 @@ _ALLOWED = {
     "messages": "a list of messages, each with a role and text as its content",
     "logit_bias": "an object of token ids, each with a number",
 }
+
+
+T = TypeVar("T")
+#: Its first wrong item is the only one that is told of, and looked at.
+_List = Annotated[list[T], Field(fail_fast=True)]
 
 
 class _Body(BaseModel):
@@ -96,14 +103,14 @@ class _GenerationBody(_Body):
     top_k: int | None = None
     max_tokens: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
     ignore_eos: bool | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: _List[int] | None = None
     min_tokens: int | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -119,30 +126,42 @@ class _GenerationBody(_Body):
     tpot_ms: float | None = None
     deadline_s: float | None = None
 
-    @property
-    def is_echoed(self) -> bool:
-        """Whether answers begin with their prompts."""
-        return False
+    def asked(self, limits: LimitsConfig) -> Asked:
+        """What the body asks for; raises InvalidArgument for what is never allowed."""
+        raise NotImplementedError
 
-    @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def num_choices(self) -> int:
-        """`n`; raises InvalidArgument when it is not allowed."""
-        if self.n is None:
-            return 1
-        if not 1 <= self.n <= MAX_CHOICES:
-            raise InvalidArgument("n", self.n, f"1 to {MAX_CHOICES}")
-        return self.n
+    def _asked(
+        self,
+        limits: LimitsConfig,
+        prompts: tuple[Prompt, ...],
+        max_tokens: int | None,
+        logprobs: int | None,
+        *,
+        is_echoed: bool = False,
+    ) -> Asked:
+        num_choices = 1 if self.n is None else self.n
+        if not 1 <= num_choices <= limits.max_choices:
+            raise InvalidArgument("n", num_choices, f"1 to {limits.max_choices}")
+        if len(prompts) * num_choices > limits.max_generations:
+            allowed = f"{limits.max_generations} choices of all prompts, which are {len(prompts)}"
+            raise InvalidArgument("n", num_choices, allowed)
+        scored = logprobs if is_echoed else None
+        options = self.stream_options
+        return Asked(
+            self._request(prompts[0], max_tokens, logprobs, scored),
+            prompts,
+            num_choices,
+            is_streamed=bool(self.stream),
+            includes_usage=options is not None and options.include_usage,
+            is_echoed=is_echoed,
+        )
 
     def _request(
         self,
         prompt: Prompt,
         max_tokens: int | None,
         logprobs: int | None,
-        prompt_logprobs: int | None = None,
+        prompt_logprobs: int | None,
     ) -> GenerationRequest:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         values = {name: getattr(self, name, None) for name in _SAME_NAME}
@@ -162,36 +181,37 @@ class _GenerationBody(_Body):
 class CompletionBody(_GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    name: ClassVar[str] = "completion"
+    prompt: str | _List[str] | _List[int] | _List[_List[int]]
     logprobs: int | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
 
-    def requests(self) -> list[GenerationRequest]:
-        """One request for each prompt; raises InvalidArgument when there is none."""
-        scored = self.logprobs if self.echo else None
-        return [
-            self._request(prompt, self.max_tokens, self.logprobs, scored)
-            for prompt in self._prompts()
-        ]
+    def asked(self, limits: LimitsConfig) -> Asked:
+        prompts = self._prompts(limits)
+        echo = bool(self.echo)
+        return self._asked(limits, prompts, self.max_tokens, self.logprobs, is_echoed=echo)
 
-    @property
-    def is_echoed(self) -> bool:
-        return bool(self.echo)
-
-    def _prompts(self) -> list[Prompt]:
+    def _prompts(self, limits: LimitsConfig) -> tuple[Prompt, ...]:
         if isinstance(self.prompt, str):
-            return [TextPrompt(self.prompt)]
+            return (TextPrompt(self.prompt),)
         if not self.prompt:
             raise InvalidArgument("prompt", self.prompt, _ALLOWED["prompt"] + ", not empty")
         if isinstance(self.prompt[0], int):
-            return [TokenPrompt(tuple(i for i in self.prompt if isinstance(i, int)))]
-        return [
+            check_count("prompt", len(self.prompt), limits.max_token_ids)
+            return (TokenPrompt(tuple(i for i in self.prompt if isinstance(i, int))),)
+        check_count("prompt", len(self.prompt), limits.max_prompts)
+        lists = [p for p in self.prompt if isinstance(p, list)]
+        num_ids = sum(map(len, lists))
+        if num_ids > limits.max_token_ids:
+            shown = f"lists of {num_ids} token ids"
+            raise InvalidArgument("prompt", shown, f"at most {limits.max_token_ids} in all")
+        return tuple(
             TextPrompt(p) if isinstance(p, str) else TokenPrompt(tuple(p))
             for p in self.prompt
             if not isinstance(p, int)
-        ]
+        )
 
 
 class TextPart(_Body):
@@ -201,7 +221,7 @@ class TextPart(_Body):
 
 class MessageBody(_Body):
     role: str
-    content: str | list[TextPart]
+    content: str | _List[TextPart]
 
     def message(self) -> ChatMessage:
         # OpenAI's newer name of the role.
@@ -214,16 +234,18 @@ class MessageBody(_Body):
 class ChatBody(_GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[MessageBody]
+    name: ClassVar[str] = "chat"
+    messages: _List[MessageBody]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
-    def requests(self) -> list[GenerationRequest]:
+    def asked(self, limits: LimitsConfig) -> Asked:
+        check_count("messages", len(self.messages), limits.max_messages)
         prompt = ChatPrompt(tuple(message.message() for message in self.messages))
         max_tokens = self.max_completion_tokens
         max_tokens = self.max_tokens if max_tokens is None else max_tokens
-        return [self._request(prompt, max_tokens, self._num_logprobs)]
+        return self._asked(limits, (prompt,), max_tokens, self._num_logprobs)
 
     @property
     def _num_logprobs(self) -> int | None:
@@ -235,14 +257,18 @@ class ChatBody(_GenerationBody):
         return num_top if self.logprobs else None
 
 
-Body = TypeVar("Body", bound=_GenerationBody)
+KINDS: dict[str, type[CompletionBody] | type[ChatBody]] = {
+    kind.name: kind for kind in (CompletionBody, ChatBody)
+}
 
 
-def read_body(kind: type[Body], raw: bytes) -> Body:
+def read_body(
+    kind: type[CompletionBody] | type[ChatBody], raw: bytes, limits: LimitsConfig
+) -> Asked:
     """Parse and check a body.
 
     Raises:
-        InvalidArgument: not JSON, not UTF-8, a wrong field, or one that is not supported.
+        InvalidArgument: not JSON, not UTF-8, a wrong field, one that is not supported, or too much.
     """
     try:
         body = kind.model_validate_json(raw)
@@ -253,7 +279,14 @@ def read_body(kind: type[Body], raw: bytes) -> Body:
         if value is not None and not any(_is_same(value, n) for n in neutral):
             shown = " or ".join(map(repr, neutral)) or "none"
             raise InvalidArgument(field, value, f"{shown}: this server does not support it")
-    return body
+    for field in ("response_format", "structured_outputs"):
+        check_json(field, getattr(body, field), limits)
+    check_json("body", body.model_extra, limits)
+    asked = body.asked(limits)
+    for prompt in asked.prompts:
+        check_prompt(prompt, limits)
+    check_sizes(asked.request, limits)
+    return asked
 
 
 def _logit_bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:

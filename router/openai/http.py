@@ -15,11 +15,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from colm_serve.errors import ColmError, InvalidArgument, Unavailable
+from colm_serve.errors import ColmError, RequestTooLarge, Unavailable
 from colm_serve.router.metrics import CONTENT_TYPE
 from colm_serve.router.model_facts import ModelFacts
-from colm_serve.router.openai.bodies import ChatBody, CompletionBody, read_body
+from colm_serve.router.openai.bodies import ChatBody, CompletionBody
 from colm_serve.router.openai.choices import choices
+from colm_serve.router.openai.closing import ClosingResponse
 from colm_serve.router.openai.errors import describe, error_body, respond
 from colm_serve.router.openai.format import CHAT, COMPLETION, Answer, Format
 from colm_serve.router.openai.level_headers import level_headers
@@ -29,8 +30,8 @@ from colm_serve.router.router import Router
 
 #: Prompts of one batch, and choices of one prompt, that are generated at the same time.
 MAX_BATCH_CONCURRENT = 16
-MAX_BODY_BYTES = 64 * 1024 * 1024
 _CLIENT_CLOSED_REQUEST = 499
+_MAX_LENGTH_DIGITS = 18
 
 _Events = AsyncGenerator[tuple[int, GenerationEvent], None]
 T = TypeVar("T")
@@ -84,21 +85,24 @@ async def _generate(
     router: Router, request: Request, kind: type[CompletionBody] | type[ChatBody], style: Format
 ) -> Response:
     tenant = router.tenants.authenticate(request.headers.get("authorization"))
-    body = read_body(kind, await _read(request))
-    requests, num_choices = body.requests(), body.num_choices
-    echoes = [router.prompt_text(r) for r in requests] if body.is_echoed else None
+    body = await _read(request, router.reader.limits.max_body_bytes)
+    asked = await router.reader.body(kind, body)
+    requests, num_choices = asked.requests, asked.num_choices
+    echoes = None
+    if asked.is_echoed:
+        echoes = await asyncio.to_thread(lambda: [router.prompt_text(r) for r in requests])
     answer = Answer(style, int(time.time()), len(requests), num_choices, echoes)
     generate = partial(router.generate, tenant=tenant)
     streams = chain.from_iterable(choices(generate, r, num_choices) for r in requests)
     num_concurrent = min(MAX_BATCH_CONCURRENT, tenant.config.max_concurrent or MAX_BATCH_CONCURRENT)
     events = merge(tuple(streams), num_concurrent)
     # The first event is awaited before anything is sent, so that a refusal has its own status.
-    work = _first(events) if body.stream else _whole(events, answer)
+    work = _first(events) if asked.is_streamed else _whole(events, answer)
     result = await _until_disconnect(request, work)
     if result is None:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     if isinstance(result, tuple):
-        return EventStream(result, events, answer, includes_usage=body.includes_usage)
+        return EventStream(result, events, answer, includes_usage=asked.includes_usage)
     return JSONResponse(result, headers=level_headers(answer.starts))
 
 
@@ -186,18 +190,30 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, most: int) -> bytes:
+    """The body; raises RequestTooLarge as soon as it is known to be more."""
+    said = request.headers.get("content-length", "")
+    if said.isdigit() and (len(said) > _MAX_LENGTH_DIGITS or int(said) > most):
+        raise _BodyTooLarge(f"{said} bytes", most)
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidArgument("body", f"over {len(body)} bytes", f"to {MAX_BODY_BYTES} bytes")
+        if len(body) > most:
+            raise _BodyTooLarge(f"over {most} bytes", most)
     return bytes(body)
+
+
+class _BodyTooLarge(RequestTooLarge):
+    """Its rest is not read."""
+
+    def __init__(self, shown: str, most: int) -> None:
+        super().__init__("body", shown, f"at most {most} bytes")
 
 
 async def _colm_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ColmError)
-    return respond(error)
+    response = respond(error)
+    return ClosingResponse(response) if isinstance(error, _BodyTooLarge) else response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

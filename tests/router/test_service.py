@@ -11,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from colm_serve.client import Options
 from colm_serve.config import RouterConfig, SlaClass
 from colm_serve.errors import InvalidArgument
 from colm_serve.proto.colm.v1 import generation_pb2, generation_pb2_grpc
@@ -295,10 +296,11 @@ async def test_how_a_text_is_read_can_be_chosen(tmp_path: Path) -> None:
     text = "a<|user|>b"
     async with scripted_cluster(tmp_path) as cluster:
         parsed = trained_tokenizer().encode(text).ids
-        for options in ({}, {"parse_special": True}, {"parse_special": False}):
-            async for _ in cluster.client.generate(text, max_tokens=1, **options):
+        choices: tuple[Options, ...] = ({}, {"parse_special": True}, {"parse_special": False})
+        for options in choices:
+            async for _ in cluster.client.generate(text, **options):
                 pass
-            body = {"prompt": text, "max_tokens": 1, "add_special_tokens": True, **options}
+            body = {"prompt": text, "add_special_tokens": True, **options}
             assert (await cluster.http.post("/v1/completions", json=body)).status_code == 200
         prompts = [list(request.prompt) for request in cluster.worker.requests]
         assert prompts[:4] == [parsed] * 4

@@ -301,7 +301,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETION, {"prompt": "x", "level": 2, "min_level": 1}, "level"),
     (COMPLETION, {"prompt": "x", "min_level": 3, "max_level": 2}, "min_level"),
     (COMPLETION, {"prompt": "x", "n": 0}, "n"),
-    (COMPLETION, {"prompt": "x", "n": 17}, "n"),
+    (COMPLETION, {"prompt": "x", "n": 129}, "n"),
     (COMPLETION, {"prompt": "x", "n": "two"}, "n"),
     (COMPLETION, {"prompt": "x", "logprobs": -1}, "logprobs"),
     (COMPLETION, {"prompt": "x", "logprobs": 21}, "logprobs"),
@@ -444,6 +444,28 @@ async def test_integers_of_any_length_are_400(tmp_path: Path) -> None:
                 assert response.status_code == 400, (field, response.text)
                 assert response.json()["error"]["param"], field
         assert cluster.worker.requests == []
+
+
+async def test_every_error_can_be_read_whatever_was_sent(tmp_path: Path) -> None:
+    odd = "\\ud83d \\udfff \\u0000 é " * 1_000
+    bodies = [
+        '{"prompt": "x", "model": "é\\u0000\\u2028🙂' + "é" * 9_000 + '"}',
+        '{"prompt": "x", "sla_class": "' + "🙂" * 9_000 + '"}',
+        '{"prompt": "' + odd + '"}',
+        '{"prompt": "x", "logit_bias": {"' + "é\\u0000" * 900 + '": 1}}',
+        '{"prompt": "x", "structured_outputs": {"é\\u0000🙂": 1}}',
+        '{"prompt": "x", "structured_outputs": {"json": "\\"\\\\ud800\\""}}',
+        '{"prompt": "x", "structured_outputs": {"json": "{\\"a\\": \\\\ud800}"}}',
+        '{"prompt": "x", "response_format": {"type": "é\\u0000🙂"}}',
+    ]
+    async with scripted_cluster(tmp_path) as cluster:
+        for raw in bodies:
+            response = await cluster.http.post(COMPLETION, content=raw)
+            assert response.status_code in (400, 404), (raw[:80], response.text)
+            assert response.json()["error"]["message"]
+            assert len(response.content) < 9_000
+        for path in ("/v1/%ff%fe", "/v1/%ed%a0%80", "/%00"):
+            assert (await cluster.http.get(path)).json()["error"]["code"] == "not_found"
 
 
 async def test_unknown_paths_methods_and_models(tmp_path: Path) -> None:
