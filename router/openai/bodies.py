@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from colm_serve.config import LimitsConfig
 from colm_serve.core import MAX_LOGPROBS
 from colm_serve.errors import InvalidArgument
+from colm_serve.router.openai.counts import check_counts
 from colm_serve.router.openai.grammar import read_grammar
 from colm_serve.router.openai.json_size import check_json
 from colm_serve.router.reading.asked import Asked
@@ -25,7 +26,7 @@ from colm_serve.router.request import (
     TextPrompt,
     TokenPrompt,
 )
-from colm_serve.router.sizes import check_count, check_prompt, check_sizes
+from colm_serve.router.sizes import check_prompt, check_sizes
 
 #: Unsupported fields, and the values at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -189,24 +190,17 @@ class CompletionBody(_GenerationBody):
     parse_special: bool | None = None
 
     def asked(self, limits: LimitsConfig) -> Asked:
-        prompts = self._prompts(limits)
+        prompts = self._prompts()
         echo = bool(self.echo)
         return self._asked(limits, prompts, self.max_tokens, self.logprobs, is_echoed=echo)
 
-    def _prompts(self, limits: LimitsConfig) -> tuple[Prompt, ...]:
+    def _prompts(self) -> tuple[Prompt, ...]:
         if isinstance(self.prompt, str):
             return (TextPrompt(self.prompt),)
         if not self.prompt:
             raise InvalidArgument("prompt", self.prompt, _ALLOWED["prompt"] + ", not empty")
         if isinstance(self.prompt[0], int):
-            check_count("prompt", len(self.prompt), limits.max_token_ids)
             return (TokenPrompt(tuple(i for i in self.prompt if isinstance(i, int))),)
-        check_count("prompt", len(self.prompt), limits.max_prompts)
-        lists = [p for p in self.prompt if isinstance(p, list)]
-        num_ids = sum(map(len, lists))
-        if num_ids > limits.max_token_ids:
-            shown = f"lists of {num_ids} token ids"
-            raise InvalidArgument("prompt", shown, f"at most {limits.max_token_ids} in all")
         return tuple(
             TextPrompt(p) if isinstance(p, str) else TokenPrompt(tuple(p))
             for p in self.prompt
@@ -241,7 +235,6 @@ class ChatBody(_GenerationBody):
     top_logprobs: int | None = None
 
     def asked(self, limits: LimitsConfig) -> Asked:
-        check_count("messages", len(self.messages), limits.max_messages)
         prompt = ChatPrompt(tuple(message.message() for message in self.messages))
         max_tokens = self.max_completion_tokens
         max_tokens = self.max_tokens if max_tokens is None else max_tokens
@@ -270,6 +263,7 @@ def read_body(
     Raises:
         InvalidArgument: not JSON, not UTF-8, a wrong field, one that is not supported, or too much.
     """
+    check_counts(raw, limits)
     try:
         body = kind.model_validate_json(raw)
     except ValidationError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,6 @@ from colm_serve.router.reading.encode import encode
 from colm_serve.router.request import TokenPrompt
 from colm_serve.router.serde import read_request
 from colm_serve.router.tokenizer import Tokenizer
-
-#: Those who are served already come first.
-_NICENESS = 10
 
 
 class Program:
@@ -63,7 +59,6 @@ class Program:
 
 
 def make_work(limits: Mapping[str, Any], models: Mapping[str, tuple[str, int]]) -> Work:
-    os.nice(_NICENESS)
     program = Program(limits, models)
     methods: dict[str, Callable[..., bytes]] = {
         "body": program.body,

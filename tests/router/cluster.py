@@ -155,7 +155,7 @@ async def scripted_cluster(
     async with (
         AsyncClient(service.grpc_address, api_key=api_key) as client,
         httpx.AsyncClient(
-            base_url=f"http://{service.http_address}", timeout=20, headers=headers
+            base_url=f"http://{service.http_address}", timeout=60, headers=headers
         ) as http,
     ):
         cluster = ScriptedCluster(service, made, workers, client, http)
