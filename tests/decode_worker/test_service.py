@@ -261,6 +261,7 @@ async def test_a_request_that_has_ended_is_not_found(folder: Path) -> None:
 async def test_a_request_whose_reader_has_not_seen_its_end_is_not_found(folder: Path) -> None:
     async with cluster(folder) as c:
         stream = await c.decode.open(c.decode.request(make_prompt(20), 2, GREEDY, c.prefill))
+        assert await stream.next() is not None, "admitted"
         await eventually(c.decode.is_idle, "its last token")
         with pytest.raises(UnknownRequest):
             await stream.move_level(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from colm_serve.decode_worker import worker as worker_module
 from colm_serve.decode_worker.sequence import Sequence as WorkerSequence
 from colm_serve.decode_worker.worker import DecodeWorker, Readmitted, SequenceNews
 from colm_serve.engine.loading import load_for_serving
-from colm_serve.errors import ColmError
+from colm_serve.errors import ColmError, UnknownRequest
 from colm_serve.model.checkpoint import load_model, save_model
 from tests.helpers import (
     GREEDY,
@@ -83,6 +83,11 @@ class Client:
             if self.on_token is not None:
                 self.on_token(self)
         self._news.put(news)
+
+    def move_level(self, level: int) -> None:
+        assert self.sequence is not None
+        with suppress(UnknownRequest):  # The last token has come, or is about to.
+            self.worker.move_level(self.sequence, level)
 
     def finish(self) -> FinishReason:
         assert self.sequence is not None
@@ -256,7 +261,7 @@ def test_levels_move_in_the_middle(
             if len(client.got) >= num_tokens:
                 moved = level
         if len(client.got) >= 3:
-            client.worker.move_level(client.sequence, moved)
+            client.move_level(moved)
 
     prompt = make_prompt(30)
     with decode_worker(agreeing, monkeypatch) as worker:
@@ -321,7 +326,7 @@ def test_no_combination_changes_a_text(
         def move(client: Client) -> None:
             level = mine.get(len(client.got))
             if level is not None and client.sequence is not None:
-                client.worker.move_level(client.sequence, level)
+                client.move_level(level)
 
         return move
 
