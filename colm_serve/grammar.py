@@ -89,7 +89,7 @@ class Grammar:
             raise InvalidArgument(self.field, self.text, "text without NUL characters")
 
     def _check_size(self) -> None:
-        if _num_symbols(self.text, self.kind) > MAX_SYMBOLS:
+        if num_symbols(self.text, self.kind) > MAX_SYMBOLS:
             allowed = (
                 f"at most {MAX_SYMBOLS} symbols, counted repetitions written out, and everything "
                 "closed that is opened"
@@ -111,7 +111,7 @@ def _short_integer(digits: str) -> int:
     return int(digits)
 
 
-def _num_symbols(text: str, kind: GrammarKind) -> int:
+def num_symbols(text: str, kind: GrammarKind) -> int:
     """Symbols of a pattern with its counted repetitions written out, or more."""
     sizes, last = [0], 0  # of the groups that are open, of the last symbol or group in them
     pattern = _EBNF_SYMBOL if kind is GrammarKind.EBNF else _REGEX_SYMBOL

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from colm_serve.errors import InvalidArgument
-from colm_serve.grammar import MAX_SYMBOLS, Grammar, GrammarKind, _num_symbols
+from colm_serve.grammar import MAX_SYMBOLS, Grammar, GrammarKind, num_symbols
 
 
 @pytest.mark.parametrize(
-    ("pattern", "num_symbols"),
+    ("pattern", "expected"),
     [
         ("abc", 3),
         ("[a-z(]", 1),
@@ -20,16 +20,19 @@ from colm_serve.grammar import MAX_SYMBOLS, Grammar, GrammarKind, _num_symbols
         ("(ab){3}c", 7),
         ("((a{10}){10}){10}", 1000),
         (")a", 2),
+        ("a{" + "0" * 5000 + "5}", 5),
+        ("a]b[c{9}", 4),  # what is not closed
+        ("a[b\\", 2),
     ],
 )
-def test_repetitions_are_counted(pattern: str, num_symbols: int) -> None:
-    assert _num_symbols(pattern, GrammarKind.REGEX) == num_symbols
+def test_repetitions_are_counted(pattern: str, expected: int) -> None:
+    assert num_symbols(pattern, GrammarKind.REGEX) == expected
 
 
 def test_in_a_grammar_a_string_is_its_characters_whatever_they_are() -> None:
     # root, ::= and two strings of 5 characters with their quotes, one of them three times.
     text = 'root ::= "(((((" "a{9}b"{3}'
-    assert _num_symbols(text, GrammarKind.EBNF) == 7 + 7 + 3 * 7
+    assert num_symbols(text, GrammarKind.EBNF) == 7 + 7 + 3 * 7
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,7 @@ def test_in_a_grammar_a_string_is_its_characters_whatever_they_are() -> None:
     [
         (GrammarKind.REGEX, "|".join(f"([a-z]{{1,127}}{i}){{1,127}}" for i in range(150))),
         (GrammarKind.REGEX, "a{999999999}"),
+        (GrammarKind.REGEX, "a{" + "9" * 5000 + "}"),
         (GrammarKind.EBNF, 'root ::= ("a" [b-z]{1,200}){1,200}'),
     ],
 )
@@ -55,7 +59,7 @@ def test_what_cannot_be_counted_is_refused(kind: GrammarKind, text: str) -> None
 
 
 def test_comments_of_a_grammar_are_no_symbols() -> None:
-    assert _num_symbols("root ::= a # it's \"[\na ::= b", GrammarKind.EBNF) == 8 + 5
+    assert num_symbols("root ::= a # it's \"[\na ::= b", GrammarKind.EBNF) == 8 + 5
 
 
 def test_integers_in_schemas_have_the_digits_of_floats() -> None:
