@@ -43,6 +43,7 @@ class InvalidArgument(ColmError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field = _encodable(field, MAX_SHOWN)
+        self.value = value
         self.allowed = _encodable(allowed, MAX_MESSAGE)
         super().__init__(f"{self.field}: {_shown(value)} is not allowed; allowed: {self.allowed}")
 

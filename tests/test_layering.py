@@ -225,7 +225,7 @@ def test_imports_stand_at_the_top_and_are_absolute(source: Source) -> None:
             # datasets and several processes need is heavy, and few ask.
             lazy = (
                 "kernels/dispatch.py",
-                "engine/grammar_compiler.py",
+                "engine/grammar_backend.py",
                 "simulate/report.py",
                 "training/data_parallel.py",
                 "training/lora.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 #: The form that this reads, by the library's own number.
@@ -17,56 +17,42 @@ _RULE, _SEQUENCE, _CHOICES, _REPEAT = 4, 5, 6, 8
 def is_empty(serialized: str) -> bool:
     """Whether no text is complete by the rules of an xgrammar grammar, as it serializes it.
 
-    A set of characters counts as one that has some, and so does all that is not known here.
+    Takes time that grows with the text's length alone; that of a grammar that the library has
+    optimized has its automaton once for every rule. A set of characters counts as one that has
+    some, and so does all that is not known here.
     """
     grammar = json.loads(serialized)
-    return grammar["__VERSION__"] == _FORMAT and _Rules(grammar).is_root_empty()
+    return grammar["__VERSION__"] == _FORMAT and _is_root_empty(grammar)
 
 
-class _Rules:
-    """A grammar's rules, and those of them that are known to have a text."""
-
-    def __init__(self, grammar: dict[str, Any]) -> None:
-        self._data: Sequence[int] = grammar["grammar_expr_data"]
-        self._starts: Sequence[int] = grammar["grammar_expr_indptr"]
-        self._bodies: list[int] = [rule[1] for rule in grammar["rules"]]
-        self._root: int = grammar["root_rule_id"]
-        self._with_text: set[int] = set()
-
-    def is_root_empty(self) -> bool:
-        users = defaultdict(list)
-        for rule, body in enumerate(self._bodies):
-            for used in self._used(body):
-                users[used].append(rule)
-        # A rule is looked at again only when one that it uses has turned out to have a text.
-        waiting = set(range(len(self._bodies)))
-        while waiting:
-            found = {rule for rule in waiting if self._has_text(self._bodies[rule])}
-            self._with_text |= found
-            waiting = {user for rule in found for user in users[rule]} - self._with_text
-        return self._root not in self._with_text
-
-    def _has_text(self, expression: int) -> bool:
-        kind, parts = self._read(expression)
-        if kind == _SEQUENCE:
-            return all(map(self._has_text, parts))
-        if kind == _CHOICES:
-            return any(map(self._has_text, parts))
-        if kind == _REPEAT:
-            rule, least, _ = parts
-            return least == 0 or rule in self._with_text
-        return kind != _RULE or parts[0] in self._with_text
-
-    def _used(self, expression: int) -> Iterator[int]:
-        kind, parts = self._read(expression)
+def _is_root_empty(grammar: dict[str, Any]) -> bool:
+    bodies: list[int] = [rule[1] for rule in grammar["rules"]]
+    num_lacking: list[int] = []  # of each expression: parts that have to have a text, and do not
+    users = defaultdict(list)  # of each expression: those that it is a part of
+    for expression, (kind, parts) in enumerate(_expressions(grammar)):
         if kind in (_RULE, _REPEAT):
-            yield parts[0]
+            is_optional = kind == _REPEAT and parts[1] == 0
+            num_lacking.append(0 if is_optional else 1)
+            users[bodies[parts[0]]].append(expression)
         elif kind in (_SEQUENCE, _CHOICES):
+            num_lacking.append(len(parts) if kind == _SEQUENCE else 1)
             for part in parts:
-                yield from self._used(part)
+                users[part].append(expression)
+        else:
+            num_lacking.append(0)
+    with_text = [expression for expression, number in enumerate(num_lacking) if number == 0]
+    for expression in with_text:  # which grows
+        for user in users[expression]:
+            num_lacking[user] -= 1
+            if num_lacking[user] == 0:
+                with_text.append(user)
+    root: int = grammar["root_rule_id"]
+    return num_lacking[bodies[root]] > 0
 
-    def _read(self, expression: int) -> tuple[int, list[int]]:
-        """An expression's kind and what it is made of."""
-        start = self._starts[expression]
-        kind, length = self._data[start : start + 2]
-        return kind, list(self._data[start + 2 : start + 2 + length])
+
+def _expressions(grammar: dict[str, Any]) -> Iterator[tuple[int, list[int]]]:
+    """Each expression's kind and what it is made of."""
+    data = grammar["grammar_expr_data"]
+    for start in grammar["grammar_expr_indptr"]:
+        kind, length = data[start : start + 2]
+        yield kind, data[start + 2 : start + 2 + length]

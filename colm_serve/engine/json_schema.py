@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from colm_serve.errors import InvalidArgument
+from colm_serve.grammar import MAX_SYMBOLS, GrammarKind, num_symbols
 
 MAX_DEPTH = 64
 
@@ -77,6 +78,32 @@ def check_schema(schema: object, field: str, depth: int = 1) -> None:
     _check_combinations(schema, field)
     for path, inner in _inner(schema, field):
         check_schema(inner, path, depth + 1)
+
+
+def check_patterns(schema: object, field: str) -> None:
+    """Raise InvalidArgument unless all patterns together are as small as one alone has to be.
+
+    Counted items, characters and properties are no matter: the compiler does not write them out.
+    """
+    num_left = MAX_SYMBOLS
+    for path, pattern in _patterns(schema, field):
+        num_left -= num_symbols(pattern, GrammarKind.REGEX)
+        if num_left < 0:
+            allowed = (
+                f"at most {MAX_SYMBOLS} symbols in all patterns, counted repetitions written out"
+            )
+            raise InvalidArgument(path, pattern, allowed)
+
+
+def _patterns(schema: object, field: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(schema, dict):
+        return
+    if isinstance(pattern := schema.get("pattern"), str):
+        yield f"{field}.pattern", pattern
+    if isinstance(named := schema.get("patternProperties"), dict):
+        yield from ((f"{field}.patternProperties", pattern) for pattern in named)
+    for path, inner in _inner(schema, field):
+        yield from _patterns(inner, path)
 
 
 def _check_alone(schema: Mapping[str, Any], field: str) -> None:

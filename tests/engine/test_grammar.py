@@ -18,6 +18,7 @@ import torch
 
 from colm_serve.core import DecodeRequest, SamplingParams
 from colm_serve.engine.grammar import GrammarState
+from colm_serve.engine.grammar_backend import GrammarBackend
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from colm_serve.engine.logits_processor import LogitsProcessor
 from colm_serve.engine.sampler import Run
@@ -45,9 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compile_(folder: Path) -> Compile:
     compiler = GrammarCompiler(folder, MODEL)
+    backend = GrammarBackend.load(folder, MODEL.vocab_size)
+    assert backend is not None
 
     def compile_one(kind: str, text: str = "", **fields: Any) -> CompiledGrammar:
         grammar = Grammar(GrammarKind(kind), text)
+        backend.check(grammar)
         compiled = compiler.compile(SamplingParams(99, grammar=grammar, **fields))
         assert compiled is not None
         return compiled
