@@ -68,9 +68,10 @@ class DecodeScheduler:
     @property
     def has_work(self) -> bool:
         """The next turn may have something to compute or somebody to readmit."""
-        if self._num_empty_turns * self._max_rows >= max(1, len(self._running)):
+        num_ready = len(self._ready())
+        if self._num_empty_turns * self._max_rows >= max(1, num_ready):
             return False  # Everyone had a turn and waits for KV that is on the way.
-        return bool(self._running or self._prefilling or self._waiting)
+        return bool(num_ready or self._prefilling or self._waiting)
 
     def num_tokens_before(self, sequence: Sequence) -> int:
         """Tokens of other prompts that are computed while all of this one's would be."""
@@ -129,10 +130,14 @@ class DecodeScheduler:
         """Compose the next pass: rows, their drafts, then chunks of prompts with what is left.
 
         If more sequences run than rows fit, or more prompts are computed than tokens are left
-        for, they take turns. One token at least is left to prompts.
+        for, they take turns. One token at least is left to prompts. Those that are held run, but
+        take no part.
         """
         assert not self._in_pass, "the last pass has not been completed"
-        chosen = _take_turns(self._running, self._max_rows)
+        chosen = self._ready()[: self._max_rows]
+        if len(self._running) > self._max_rows:
+            for sequence in chosen:
+                self._running.move_to_end(sequence)
         preempted = self._make_room(chosen)
         ready = [
             sequence
@@ -175,6 +180,11 @@ class DecodeScheduler:
             if not any(part.sequence is sequence for part in self._in_pass):
                 self._drop(sequence)
 
+    def resume(self, sequence: Sequence) -> None:
+        """A sequence that was held may take steps again."""
+        sequence.is_held = False
+        self._num_empty_turns = 0
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page is accounted for."""
         self._ledger.check_integrity()
@@ -200,6 +210,9 @@ class DecodeScheduler:
         )
         self._pages.reserve(sequence, min(num_tokens, sequence.max_length), num_growing)
         sequence.stage = Stage.AWAITING_KV
+
+    def _ready(self) -> list[Sequence]:
+        return [sequence for sequence in self._running if not sequence.is_held]
 
     def _run(self, sequence: Sequence) -> None:
         self._pages.publish(sequence)
@@ -294,7 +307,7 @@ class DecodeScheduler:
                 del self._prefilling[sequence]
                 self._run(sequence)
             return Outcome((), None)
-        assert 1 <= len(tokens) <= part.num_tokens, f"{len(tokens)} tokens of {part.num_tokens}"
+        assert len(tokens) <= part.num_tokens, f"{len(tokens)} tokens of {part.num_tokens}"
         kept, reason = sequence.extend(tuple(tokens))
         sequence.num_computed = sequence.num_prefill
         if reason is not None:

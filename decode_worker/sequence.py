@@ -24,7 +24,8 @@ class Sequence:
 
     If the prompt's logprobs are asked for, what follows its first `num_prompt_scored` tokens has
     been scored.
-    Speculation sets `num_drafts`, how many drafted tokens its next step is to verify.
+    Speculation sets `num_drafts`, how many drafted tokens its next step is to verify. While it
+    `is_held` it takes no step.
     """
 
     request: DecodeRequest
@@ -39,6 +40,7 @@ class Sequence:
     num_computed: int = 0
     num_prompt_scored: int = 0
     num_drafts: int = 0
+    is_held: bool = False
     num_preemptions: int = 0
     stage: Stage = Stage.WAITING
 

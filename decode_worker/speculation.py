@@ -101,7 +101,7 @@ class Speculation:
             scores = run_pass(self._model, self._pool, segments)
             tokens = draft(scores.logits_SV, [steps[i].run for i in drafting])
             for i, token in zip(drafting, tokens, strict=True):
-                if isinstance(token, Failed):
+                if token is None or isinstance(token, Failed):
                     continue
                 if token not in steps[i].row.sequence.ending_token_ids:
                     steps[i] = steps[i].with_draft(token)

@@ -25,12 +25,13 @@ from colm_serve.core import (
     ScoredPrompt,
     TokenLogprob,
 )
+from colm_serve.decode_worker.grammar_steps import GRACE_S, GrammarSteps
 from colm_serve.decode_worker.prefill_plan import LocalLoad
 from colm_serve.decode_worker.scheduler import DecodeScheduler
 from colm_serve.decode_worker.sequence import Sequence, Stage
 from colm_serve.decode_worker.speculation import Speculation, Step
 from colm_serve.decode_worker.step_meter import StepMeter
-from colm_serve.decode_worker.turn import Chunk, Row, Turn
+from colm_serve.decode_worker.turn import Chunk, Outcome, Row, Turn
 from colm_serve.engine.compute_thread import ComputeThread
 from colm_serve.engine.failed import Failed, attempt
 from colm_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
@@ -116,6 +117,7 @@ class DecodeWorker:
         )
         self._sinks: dict[Sequence, SequenceSink] = {}
         self._processors: dict[Sequence, LogitsProcessor] = {}
+        self._grammar_steps = GrammarSteps(self._go_on)
         self._tables: dict[Sequence, BlockTable] = {}
         self._compute = ComputeThread(
             worker_id,
@@ -130,6 +132,7 @@ class DecodeWorker:
     def stop(self) -> None:
         """End the compute thread after the turn it is in."""
         self._compute.stop()
+        self._grammar_steps.close()
 
     def admit(
         self,
@@ -165,6 +168,7 @@ class DecodeWorker:
                 raise processor.error
             if processor is not None:
                 self._processors[sequence] = processor
+                self._grammar_steps.begin(sequence, processor)
             if request.sampling.prompt_logprobs is not None:
                 sink(ScoredPrompt((Logprobs(TokenLogprob(request.prompt[0], None)),)))
             return sequence
@@ -297,7 +301,10 @@ class DecodeWorker:
         if not turn.slices:
             return
         made: _Made = {part: it for part, it in ready.items() if isinstance(it, Failed)}
-        steps = self._speculation.draft([it for it in ready.values() if isinstance(it, Step)])
+        steps = [it for it in ready.values() if isinstance(it, Step)]
+        if any(step.row.num_drafts for step in steps):
+            self._await_grammars(steps)
+        steps = self._speculation.draft(steps)
         chunks = {
             part: it
             for part, it in ready.items()
@@ -322,6 +329,7 @@ class DecodeWorker:
         begin = time.perf_counter()
         segments = [*(step.segment for step in steps), *chunks.values()]
         scores = run_pass(self._model, self.pool, segments)
+        self._await_grammars(steps)
         sampled = self._speculation.sample(steps, scores)
         made: _Made = dict(zip((step.row for step in steps), sampled, strict=True))
         for chunk, segment in chunks.items():
@@ -384,8 +392,9 @@ class DecodeWorker:
             if outcome is None:
                 continue
             sequence, sink = part.sequence, self._sinks[part.sequence]
-            broken = self._broken_rule(sequence) if outcome.reason else None
-            match broken or result:
+            if isinstance(part, Row):
+                self._follow(sequence, outcome)
+            match result:
                 case Failed(error):
                     self._note_failed(sequence, error)
                     sink(error)
@@ -401,18 +410,46 @@ class DecodeWorker:
             if isinstance(part, Chunk) and sequence.stage is Stage.RUNNING:
                 sink(PromptComplete())
 
-    def _broken_rule(self, sequence: Sequence) -> Failed | None:
-        """Why a text that has ended is not what was asked for; None when it is."""
-        processor = self._processors.get(sequence)
-        error = None if processor is None else attempt(processor.failure)
-        return Failed(error) if isinstance(error, ColmError) else error
-
     def _note_failed(self, sequence: Sequence, error: ColmError) -> None:
         self.num_failed_rows += 1
         logger.warning(
             "request %s: failed alone: %s",
             sequence.request.request_id, error, exc_info=error.__cause__,
         )  # fmt: skip
+
+    def _follow(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Let the grammar, if there is one, follow the tokens that a row has made."""
+        processor = self._processors.get(sequence)
+        if outcome.tokens and outcome.reason is None:
+            self._grammar_steps.begin(sequence, processor)
+        elif processor is not None:
+            sequence.is_held = processor.is_preparing
+
+    def _await_grammars(self, steps: list[Step]) -> None:
+        """Let grammars that are about to be ready take their last moment; others make no token."""
+        processors = [step.run.processor for step in steps if step.run.processor is not None]
+
+        def are_ready() -> bool:
+            return not any(processor.is_preparing for processor in processors)
+
+        if not are_ready():
+            with self._compute.lock:
+                self._compute.lock.wait_for(are_ready, GRACE_S)
+
+    def _go_on(self, sequence: Sequence, failure: ColmError | None) -> None:
+        """The grammar of a sequence knows its next tokens, or has failed."""
+        with self._compute.lock:
+            processor = self._processors.get(sequence)
+            if processor is None:
+                return
+            if failure is None:
+                processor.is_preparing = False
+                self._scheduler.resume(sequence)
+                self._compute.lock.notify()
+            else:
+                sequence.is_held = True
+                self._note_failed(sequence, failure)
+                self._sinks[sequence](failure)
 
     def _fail_all(self, error: Unavailable) -> None:
         for sink in self._sinks.values():

@@ -17,7 +17,6 @@ from colm_serve.core import DecodeRequest
 from colm_serve.engine.grammar import GrammarState
 from colm_serve.engine.grammar_compiler import CompiledGrammar
 from colm_serve.engine.penalties import Penalties
-from colm_serve.errors import InvalidArgument
 
 
 class LogitsProcessor:
@@ -39,6 +38,8 @@ class LogitsProcessor:
         self._penalties: Penalties | None = None
         if Penalties.apply_to(sampling):
             self._penalties = Penalties(sampling, tokens, num_prompt_tokens)
+        #: Another thread prepares the grammar's next token.
+        self.is_preparing = False
         self._grammar: GrammarState | None = None
         if grammar is not None:
             self._grammar = GrammarState(grammar, tokens, num_prompt_tokens)
@@ -63,9 +64,16 @@ class LogitsProcessor:
             return cls(request, tokens, eos_token_ids, grammar)
         return None
 
-    def failure(self) -> InvalidArgument | None:
-        """Why the text, which has ended, broke its grammar; None when it did not."""
-        return None if self._grammar is None else self._grammar.failure()
+    @property
+    def grammar(self) -> GrammarState | None:
+        """Where in its grammar the sequence is, if it has one."""
+        return self._grammar
+
+    def can_follow(self, drafts: Sequence[int]) -> bool:
+        """Whether `process` can tell, without a wait, what may come after `drafts`."""
+        if self._grammar is None:
+            return True
+        return not self.is_preparing and self._grammar.can_follow(drafts)
 
     def process(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> Tensor:
         """The scores to choose the next token from, in fp32; `logits_V` stays as it is.

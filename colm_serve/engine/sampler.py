@@ -51,6 +51,10 @@ class Run:
     def num_rows(self) -> int:
         return 1 + len(self.drafts)
 
+    def can_choose(self, index: int) -> bool:
+        """Whether the rules for the token after the first `index` drafts are at hand."""
+        return self.processor is None or self.processor.can_follow(self.drafts[:index])
+
     def choose(self, index: int, logits_V: Tensor, best: int) -> int:
         """The token after the first `index` drafts, given its scores and the best of them.
 
@@ -104,7 +108,8 @@ def no_numbers() -> Failed:
 def sample(logits_SV: Tensor, runs: Sequence[Run]) -> list[Sampled | Failed]:
     """Each run's tokens: the drafts as far as the model makes them too, then one of its own.
 
-    A run that fails does so alone.
+    They end where the rules for the next are not at hand, perhaps before the first. A run that
+    fails does so alone.
 
     Args:
         logits_SV: [S, V] scores of all runs' rows, one run after the other.
@@ -118,18 +123,28 @@ def sample(logits_SV: Tensor, runs: Sequence[Run]) -> list[Sampled | Failed]:
     ]
 
 
-def draft(logits_BV: Tensor, runs: Sequence[Run]) -> list[int | Failed]:
-    """The drafter's token after each run's drafts, given its own scores there, [B, V]."""
+def draft(logits_BV: Tensor, runs: Sequence[Run]) -> list[int | Failed | None]:
+    """The drafter's token after each run's drafts, given its own scores there, [B, V].
+
+    None where the rules for it are not at hand.
+    """
     return [
-        no_numbers() if b is None else attempt(partial(run.choose, len(run.drafts), logits_V, b))
+        no_numbers() if b is None else attempt(partial(_draft_run, run, logits_V, b))
         for run, logits_V, b in zip(runs, logits_BV, best_tokens(logits_BV), strict=True)
     ]
+
+
+def _draft_run(run: Run, logits_V: Tensor, best: int) -> int | None:
+    index = len(run.drafts)
+    return run.choose(index, logits_V, best) if run.can_choose(index) else None
 
 
 def _sample_run(run: Run, logits_SV: Tensor, best_S: Sequence[int | None]) -> Sampled | Failed:
     tokens: list[int] = []
     for expected in (*run.drafts, None):
         index = len(tokens)
+        if not run.can_choose(index):
+            break
         # What follows a draft that does not hold is not looked at: it is not of this text.
         best = best_S[index]
         if best is None:
@@ -138,7 +153,7 @@ def _sample_run(run: Run, logits_SV: Tensor, best_S: Sequence[int | None]) -> Sa
         if tokens[-1] != expected:
             break
     num_top = run.sampling.logprobs
-    if num_top is None:
+    if num_top is None or not tokens:
         return Sampled(tokens)
     return Sampled(tokens, logprobs_of(logits_SV[: len(tokens)], tokens, num_top))
 

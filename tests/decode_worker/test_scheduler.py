@@ -255,6 +255,36 @@ def test_nobodys_pages_are_taken_while_others_may_write_into_them() -> None:
     assert len(old.tokens) == 15
 
 
+def test_who_is_held_takes_no_step_and_is_no_work() -> None:
+    scheduler = make_scheduler(max_rows=2)
+    held, *others = (admit_running(scheduler, [i], max_tokens=6) for i in range(3))
+    held.is_held = True
+    for _ in range(2):
+        assert rows_of(take_turn(scheduler)[0]) == others
+    for other in others:
+        other.is_held = True
+    assert not scheduler.has_work
+    assert scheduler.num_running(1) == (3,)
+    scheduler.resume(held)
+    assert scheduler.has_work
+    assert rows_of(take_turn(scheduler)[0]) == [held]
+    scheduler.cancel(held)
+    for other in others:
+        scheduler.resume(other)
+        run_to_end(scheduler, other)
+    scheduler.check_integrity()
+
+
+def test_a_step_that_makes_no_token_is_taken_again() -> None:
+    scheduler = make_scheduler()
+    sequence = admit_running(scheduler, [1, 2, 3])
+    first = scheduler.next_turn()
+    assert scheduler.complete_turn([()]) == [Outcome((), None)]
+    assert scheduler.next_turn() == first
+    assert scheduler.complete_turn([(5,)]) == [Outcome((5,), None)]
+    assert (sequence.tokens, sequence.num_computed) == ([1, 2, 3, 5], 3)
+
+
 def test_a_row_that_sits_out_does_not_hold_up_those_that_lack_nothing() -> None:
     scheduler = make_scheduler(num_pages=5, max_rows=1, expected_output_tokens=4)
     older = scheduler.admit(make_request([3], 3))

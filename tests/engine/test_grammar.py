@@ -84,7 +84,7 @@ def walk(compiled: CompiledGrammar, vocabulary: list[bytes], seed: int) -> bytes
         assert choices
         if END_OF_TEXT in choices and (len(choices) == 1 or draw.random() < 0.2 + num_tokens / 99):
             tokens.append(END_OF_TEXT)
-            assert state.failure() is None
+            assert state.failure is None
             return b"".join(vocabulary[token] for token in tokens[1:])
         choices = [token for token in choices if token != END_OF_TEXT]
         closing = [token for token in choices if vocabulary[token] in (b'"', b"}", b"]", b",")]
@@ -262,7 +262,7 @@ def test_drafts_are_followed_but_not_kept(compile_: Compile) -> None:
     assert allowed(state, ended) == [END_OF_TEXT]
     wrong = ids("]")[0]
     assert allowed(state, (text[1], wrong, text[2])) == allowed(state, (text[1],))
-    assert state.failure() is None
+    assert state.failure is None
     tokens += text[1:]
     assert allowed(state) == allowed(GrammarState(compiled, tokens, 1))
 
@@ -274,7 +274,7 @@ def test_output_of_another_worker_is_followed_first(compile_: Compile) -> None:
     assert ids("c")[0] in allowed(state)
     foreign = GrammarState(compiled, [PROMPT, *ids("xy")], 1)
     assert allowed(foreign) == [END_OF_TEXT]
-    assert foreign.failure() is not None
+    assert foreign.failure is not None
 
 
 def test_a_dead_end_ends_the_text_and_is_told(compile_: Compile) -> None:
@@ -284,23 +284,75 @@ def test_a_dead_end_ends_the_text_and_is_told(compile_: Compile) -> None:
     tokens += ids("a")
     assert allowed(state) == [END_OF_TEXT]
     tokens.append(END_OF_TEXT)
-    failure = state.failure()
+    failure = state.failure
     assert failure is not None
     assert "dead end" in str(failure)
 
 
-def test_a_grammar_that_grows_slow_ends_the_text(
-    compile_: Compile, monkeypatch: pytest.MonkeyPatch
+class FakeClock:
+    """So much processor time for each call that is timed; a list of what is to come at first."""
+
+    def __init__(self, default_s: float, *first_s: float) -> None:
+        self._now_s = 0.0
+        self._is_begin = True
+        self._default_s = default_s
+        self._first_s = list(first_s)
+
+    def __call__(self) -> float:
+        if not self._is_begin:
+            self._now_s += self._first_s.pop(0) if self._first_s else self._default_s
+        self._is_begin = not self._is_begin
+        return self._now_s
+
+
+@pytest.mark.parametrize(
+    ("clock", "num_tokens", "told"),
+    [
+        (FakeClock(0.0, 0.3), 0, "one token took 0.30 s"),  # the first mask
+        (FakeClock(0.0, 0.0, 0.3), 1, "one token took 0.30 s"),  # what follows a token
+        (FakeClock(0.0, 0.0, 0.15, 0.15), 1, "one token took 0.30 s"),  # that and the mask after
+        (FakeClock(0.1), 11, "11 tokens took 2.30 s"),
+    ],
+)
+def test_a_text_is_given_up_when_following_it_takes_too_long(
+    compile_: Compile, clock: FakeClock, num_tokens: int, told: str
 ) -> None:
-    monkeypatch.setattr("colm_serve.engine.grammar.MAX_TOKEN_S", 0.005)
     tokens = [PROMPT]
-    state = GrammarState(compile_("ebnf", 'root ::= root root | "a"'), tokens, 1)
-    for _ in range(2000):
-        if state.failure() is not None:
-            break
+    state = GrammarState(compile_("ebnf", 'root ::= root root | "a"'), tokens, 1, clock)
+    for _ in range(num_tokens):
+        state.prepare()
+        assert state.failure is None
+        assert allowed(state) == ids("a") or END_OF_TEXT in allowed(state)
         tokens += ids("a")
-    assert "ambiguous" in str(state.failure())
+    state.prepare()
+    assert state.failure is not None
+    assert state.failure.field == "grammar.ebnf"
+    assert "a less ambiguous grammar" in str(state.failure)
+    assert told in str(state.failure)
+    assert not state.can_follow(())
     assert allowed(state) == [END_OF_TEXT]
+
+
+def test_what_is_drafted_is_no_reason_to_give_a_text_up(compile_: Compile) -> None:
+    tokens, [a] = [PROMPT], ids("a")
+    clock = FakeClock(0.0, 0.0, 1.0)
+    state = GrammarState(compile_("ebnf", 'root ::= root root | "a"'), tokens, 1, clock)
+    assert state.is_cheap
+    assert state.can_follow((a,))
+    assert not state.is_cheap
+    assert state.can_follow((a,)), "it is known now"
+    assert not state.can_follow((a, a)), "it might take as long"
+    tokens.append(a)
+    state.prepare()
+    assert state.failure is None
+    assert state.is_cheap
+
+
+def test_drafts_are_not_followed_into_a_dead_end(compile_: Compile) -> None:
+    state = GrammarState(compile_("regex", r"a(b|c[^\s\S])"), [PROMPT], 1)
+    assert state.can_follow((*ids("a"), *ids("b")))
+    assert not state.can_follow((*ids("a"), *ids("c")))
+    assert state.failure is None
 
 
 def processor(compiled: CompiledGrammar, tokens: list[int], **fields: Any) -> LogitsProcessor:
@@ -361,7 +413,8 @@ def test_drafts_do_not_change_the_text(
             [got] = sample_all(torch.stack(rows), [Run(sampling, len(tokens), rules, drafts)])
             has_end = END_OF_TEXT in got.tokens
             tokens += got.tokens[: got.tokens.index(END_OF_TEXT) + 1] if has_end else got.tokens
-        assert rules.failure() is None
+        assert rules.grammar is not None
+        assert rules.grammar.failure is None
         return tokens
 
     plain = text(lambda _: ())
