@@ -138,6 +138,7 @@ def num_symbols(text: str, kind: GrammarKind) -> int:
 
 def _repetitions(digits: str) -> int:
     """More than is allowed where there are more digits than anybody needs."""
+    digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) < 10 else MAX_SYMBOLS + 2
 
 

@@ -214,20 +214,6 @@ async def test_rules_that_raise_end_their_own_request(
         await b.check(neighbour)
 
 
-async def test_an_end_that_cannot_be_judged_ends_its_own_request(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failure(self: LogitsProcessor) -> InvalidArgument | None:
-        raise KeyError("no such state")
-
-    monkeypatch.setattr(LogitsProcessor, "failure", failure)
-    async with bench(folder) as b:
-        neighbour = await b.neighbour()
-        with pytest.raises(RowFailed, match="KeyError"):
-            await b.decode.generate(PROMPT[:9], 3, MARKED)
-        await b.check(neighbour)
-
-
 @pytest.mark.parametrize("token", [TINY.vocab_size, -1, 2**40])
 async def test_a_token_outside_the_vocabulary_ends_its_own_request(
     folder: Path, monkeypatch: pytest.MonkeyPatch, token: int
