@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 Event = TypeVar("Event")
@@ -18,6 +19,12 @@ async def merge(
     The first error of any stream ends all. Each stream is asked for its next event only once the
     last was taken, so a slow reader slows them down. Closing the generator closes the streams.
     """
+    if len(streams) == 1:
+        # Without the tasks that several need, which take longer than what most events are made of.
+        async with aclosing(streams[0]) as only:
+            async for single in only:
+                yield 0, single
+        return
     waiting = deque(enumerate(streams))
     pending: dict[asyncio.Task[Event | None], int] = {}
     try:
