@@ -127,10 +127,6 @@ class _GenerationBody(_Body):
     tpot_ms: float | None = None
     deadline_s: float | None = None
 
-    def asked(self, limits: LimitsConfig) -> Asked:
-        """What the body asks for; raises InvalidArgument for what is never allowed."""
-        raise NotImplementedError
-
     def _asked(
         self,
         limits: LimitsConfig,
@@ -190,6 +186,7 @@ class CompletionBody(_GenerationBody):
     parse_special: bool | None = None
 
     def asked(self, limits: LimitsConfig) -> Asked:
+        """What the body asks for; raises InvalidArgument for what is never allowed."""
         prompts = self._prompts()
         echo = bool(self.echo)
         return self._asked(limits, prompts, self.max_tokens, self.logprobs, is_echoed=echo)
@@ -235,6 +232,7 @@ class ChatBody(_GenerationBody):
     top_logprobs: int | None = None
 
     def asked(self, limits: LimitsConfig) -> Asked:
+        """As `CompletionBody.asked`."""
         prompt = ChatPrompt(tuple(message.message() for message in self.messages))
         max_tokens = self.max_completion_tokens
         max_tokens = self.max_tokens if max_tokens is None else max_tokens
