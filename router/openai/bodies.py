@@ -17,7 +17,7 @@ from colm_serve.errors import InvalidArgument
 from colm_serve.router.openai.counts import check_counts
 from colm_serve.router.openai.grammar import read_grammar
 from colm_serve.router.openai.json_size import check_json
-from colm_serve.router.reading.asked import Asked
+from colm_serve.router.reading.asked import Asked, check_token_ids
 from colm_serve.router.request import (
     ChatMessage,
     ChatPrompt,
@@ -188,6 +188,9 @@ class CompletionBody(_GenerationBody):
     def asked(self, limits: LimitsConfig) -> Asked:
         """What the body asks for; raises InvalidArgument for what is never allowed."""
         prompts = self._prompts()
+        for prompt in prompts:
+            if isinstance(prompt, TokenPrompt):  # All of them, before any is worked on.
+                check_token_ids(prompt.token_ids)
         echo = bool(self.echo)
         return self._asked(limits, prompts, self.max_tokens, self.logprobs, is_echoed=echo)
 

@@ -94,11 +94,17 @@ def unpack_prompt(packed: Any) -> Prompt:
     return ChatPrompt(tuple(ChatMessage(role, content) for role, content in packed))
 
 
-def pack_token_ids(token_ids: tuple[int, ...]) -> bytes:
+def check_token_ids(token_ids: tuple[int, ...]) -> None:
+    """Raise InvalidArgument for token ids that no vocabulary has."""
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) <= _MAX_TOKEN_ID):
         for position, token_id in enumerate(token_ids):
             if not 0 <= token_id <= _MAX_TOKEN_ID:
                 raise InvalidArgument(f"prompt[{position}]", token_id, "token ids")
+
+
+def pack_token_ids(token_ids: tuple[int, ...]) -> bytes:
+    """Raises InvalidArgument as `check_token_ids`."""
+    check_token_ids(token_ids)
     return array("I", token_ids).tobytes()
 
 
