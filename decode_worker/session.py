@@ -49,6 +49,7 @@ class DecodeSession:
         self._local_prefill_tokens = local_prefill_tokens
         self._progress: asyncio.Queue[_Progress] = asyncio.Queue()
         self._sequence: Sequence | None = None
+        self._is_over = False
         self._filling: set[asyncio.Task[None]] = set()
         self._num_shipped = 0
 
@@ -105,7 +106,7 @@ class DecodeSession:
             )
             yield Decoded(item, sequence.num_cached, self._num_shipped, timings)
         finally:
-            self._sequence = None
+            self._is_over = True
             try:
                 await end_tasks(*self._filling)
             finally:
@@ -114,7 +115,7 @@ class DecodeSession:
     def _hear(self, news: SequenceNews) -> None:
         if not isinstance(news, Readmitted):
             self._progress.put_nowait(news)
-        elif self._sequence is not None:
+        elif self._sequence is not None and not self._is_over:
             self._fill(self._sequence)
 
     def _fill(self, sequence: Sequence, due: float | None = None) -> None:
